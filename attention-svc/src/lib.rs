@@ -1,0 +1,1 @@
+//! Attention nodes: scheduler, KV cache, layer loop, exchange, sampling.

@@ -1,0 +1,1 @@
+//! Benchmarks that print each figure beside the machine's own limit.

@@ -1,0 +1,1 @@
+//! Expert nodes: gather frames, group rows by expert, run the FFN, answer.

@@ -1,0 +1,1 @@
+//! The mesh from outside: a harness and cases by behaviour.

@@ -1,0 +1,1 @@
+//! Every role of a mesh assembled in one process.

@@ -1,0 +1,1 @@
+//! The gRPC contracts and their conversion to and from core types.

@@ -1,0 +1,1 @@
+//! The bounded window that frames are built and read in.
