@@ -83,6 +83,14 @@ impl Routing {
         Ok(())
     }
 
+    /// Appends another batch's rows, of the same `k` (an empty routing takes any).
+    pub fn append(&mut self, other: &Routing) {
+        debug_assert!(self.experts.is_empty() || self.k == other.k);
+        self.k = other.k;
+        self.experts.extend_from_slice(&other.experts);
+        self.weights.extend_from_slice(&other.weights);
+    }
+
     /// Rows routed.
     pub fn rows(&self) -> usize {
         self.experts.len().checked_div(self.k).unwrap_or(0)

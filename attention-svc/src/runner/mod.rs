@@ -1,9 +1,33 @@
 //! The model's way through one step: trunk weights, the layer loop, and the exchange with the expert nodes.
+//!
+//! A step's rows are cut into micro-batches. Layer by layer each micro-batch takes in the answers to its last dispatch,
+//! attends, and dispatches again: while one is away at the experts, the next computes.
+
+mod counters;
+mod error;
+mod exchange;
+mod forward;
+mod weights;
+
+pub use counters::{RunnerCounters, RunnerReading};
+pub use error::RunError;
+pub use exchange::ExchangeLimits;
+pub use weights::Trunk;
 
 use std::sync::Arc;
+use std::time::{Duration, Instant};
 
+use exchange::Exchange;
+use forward::MicroBatch;
 use mesh_core::routing::Routing;
-use mesh_core::{LayerId, ViewId};
+use mesh_core::view::View;
+use mesh_core::{LayerId, Slot, ViewId};
+use mesh_kernels::Compute;
+use mesh_kernels::kv::{KvCache, KvShape};
+use mesh_kernels::rows::RowBuf;
+use mesh_model::ModelConfig;
+use mesh_transport::{Transport, Wake};
+use weights::Mlp;
 
 /// A token to be computed in a step.
 #[derive(Clone, Copy, Debug)]
@@ -37,4 +61,223 @@ pub struct StepOutput {
     pub logits: Vec<f32>,
     /// When asked for: each MoE layer's routing of all rows, by layer.
     pub routing: Vec<(LayerId, Routing)>,
+}
+
+/// What a runner is made with.
+#[derive(Clone, Debug)]
+pub struct RunnerOptions {
+    /// This node's slot, said in every frame.
+    pub slot: Slot,
+    /// Pages of the KV cache, `KV_PAGE_TOKENS` tokens each.
+    pub kv_pages: usize,
+    /// Micro-batches that a step is cut into at most. Also the number of lanes.
+    pub micro_batches: u16,
+    /// Rows below which a micro-batch is not cut further: each one reads the weights again.
+    pub micro_batch_rows_min: usize,
+    /// How long an expert node's answer may take.
+    pub answer_max: Duration,
+    /// How long connecting to one expert node may take.
+    pub connect_max: Duration,
+    /// Largest frame body, bytes.
+    pub body_bytes_max: usize,
+}
+
+/// How often a node whose channel closed is tried again while idle.
+const RECONNECT_EVERY: Duration = Duration::from_secs(1);
+
+/// The model on this node. Belongs to the engine's thread.
+pub struct Runner {
+    trunk: Trunk,
+    compute: Arc<dyn Compute>,
+    kv: KvCache,
+    exchange: Exchange,
+    batches: Vec<MicroBatch>,
+    options: RunnerOptions,
+    counters: Arc<RunnerCounters>,
+    reconnect_at: Instant,
+}
+
+impl Runner {
+    /// A runner with an empty KV cache and no view.
+    ///
+    /// # Errors
+    /// [`RunError::Internal`] when the options contradict the model (a row that fits no frame, no lanes, no pages).
+    pub fn new(
+        trunk: Trunk,
+        compute: Arc<dyn Compute>,
+        transport: Box<dyn Transport>,
+        options: RunnerOptions,
+    ) -> Result<Self, RunError> {
+        let config = trunk.config();
+        let answer_bytes = config.moe.top_k * config.hidden * compute.dtype().bytes();
+        if options.body_bytes_max < answer_bytes + 4096 || options.micro_batches == 0 || options.kv_pages == 0 {
+            return Err(RunError::Internal(format!("{options:?} for rows of {answer_bytes} bytes")));
+        }
+        let shape = KvShape {
+            layers: config.layers.len(),
+            pages: options.kv_pages,
+            kv_heads: config.kv_heads,
+            head_dim: config.head_dim,
+        };
+        let counters = Arc::new(RunnerCounters::default());
+        let limits = ExchangeLimits {
+            lanes: options.micro_batches,
+            answer_max: options.answer_max,
+            connect_max: options.connect_max,
+            body_bytes_max: options.body_bytes_max,
+        };
+        Ok(Self {
+            kv: compute.kv_cache(shape),
+            batches: (0..options.micro_batches).map(|_| MicroBatch::new(compute.as_ref(), config)).collect(),
+            exchange: Exchange::new(transport, options.slot, limits, counters.clone()),
+            trunk,
+            compute,
+            options,
+            counters,
+            reconnect_at: Instant::now(),
+        })
+    }
+
+    /// The model's shape.
+    pub fn config(&self) -> &ModelConfig {
+        self.trunk.config()
+    }
+
+    /// Computes a step; blocks for the expert nodes' answers.
+    ///
+    /// # Errors
+    /// [`RunError`]; what the step wrote to the KV cache is then to be dropped, the runner itself is as before.
+    pub fn step(&mut self, step: &Step<'_>) -> Result<StepOutput, RunError> {
+        // What arrived since the last step: closed channels above all.
+        self.exchange.pump()?;
+        if self.exchange.serving().is_none() {
+            return Err(RunError::NotServing);
+        }
+        let output = self.run(step);
+        if output.is_err() {
+            self.exchange.abandon_lanes();
+        }
+        output
+    }
+
+    fn run(&mut self, step: &Step<'_>) -> Result<StepOutput, RunError> {
+        let Self { trunk, compute, kv, exchange, batches, options, .. } = self;
+        let (trunk, compute) = (&*trunk, compute.as_ref());
+        let hidden = trunk.config().hidden;
+        let mut output = StepOutput::default();
+        let used = cut(batches, options, trunk, step)?;
+        let batches = &mut batches[..used];
+        for (layer, weights) in trunk.layers.iter().enumerate() {
+            let id = LayerId(layer as u16);
+            let mut routing = Routing::default();
+            for batch in &mut *batches {
+                batch.combine(compute, hidden, exchange)?;
+                batch.attend(compute, trunk, kv, step, layer);
+                match &weights.mlp {
+                    Mlp::Dense(ffn) => batch.dense(compute, ffn),
+                    Mlp::Moe(gate) => {
+                        batch.dispatch(compute, trunk, gate, exchange, id)?;
+                        if step.routing {
+                            routing.append(&batch.routing);
+                        }
+                    }
+                }
+            }
+            if step.routing && matches!(weights.mlp, Mlp::Moe(_)) {
+                output.routing.push((id, routing));
+            }
+        }
+        for batch in &mut *batches {
+            batch.combine(compute, hidden, exchange)?;
+        }
+        output.logits = head(compute, trunk, step, batches);
+        Ok(output)
+    }
+
+    /// Connects to the nodes of a view that is to come. Nothing may be in flight.
+    ///
+    /// # Errors
+    /// [`RunError::NodeLost`] when one of them cannot be reached.
+    pub fn prepare_view(&mut self, view: Arc<View>) -> Result<(), RunError> {
+        self.exchange.prepare(view)
+    }
+
+    /// Puts the prepared view in force.
+    ///
+    /// # Errors
+    /// [`RunError::NotPrepared`] when another or none is prepared.
+    pub fn commit_view(&mut self, id: ViewId) -> Result<(), RunError> {
+        self.exchange.commit(id)
+    }
+
+    /// Forgets a prepared view.
+    pub fn abandon_view(&mut self, id: ViewId) {
+        self.exchange.abandon(id);
+    }
+
+    /// Whether a view is committed and all its expert nodes are connected.
+    pub fn serving(&self) -> bool {
+        self.exchange.serving().is_some()
+    }
+
+    /// Waits until `deadline`, a wake-up or something on the transport; takes in what came and tries lost channels again.
+    pub fn idle(&mut self, deadline: Instant) {
+        let lacking = !self.serving();
+        self.exchange.sleep(if lacking { deadline.min(self.reconnect_at) } else { deadline });
+        // With nothing in flight no lane is owed, so nothing here can fail a step.
+        if let Err(error) = self.exchange.pump() {
+            tracing::warn!(%error, "while idle");
+        }
+        if lacking && Instant::now() >= self.reconnect_at {
+            self.exchange.reconnect();
+            self.reconnect_at = Instant::now() + RECONNECT_EVERY;
+        }
+    }
+
+    /// What other threads wake [`Runner::idle`] with.
+    pub fn waker(&self) -> Arc<dyn Wake> {
+        self.exchange.transport().waker()
+    }
+
+    /// The runner's counters.
+    pub fn counters(&self) -> Arc<RunnerCounters> {
+        self.counters.clone()
+    }
+
+    /// Expert nodes seen lost or silent since the last call, and what was seen: evidence for the router.
+    pub fn take_lost(&mut self) -> Vec<(Slot, String)> {
+        self.exchange.take_lost()
+    }
+}
+
+/// Cuts a step into micro-batches of nearly equal size; returns how many there are.
+fn cut(
+    batches: &mut [MicroBatch],
+    options: &RunnerOptions,
+    trunk: &Trunk,
+    step: &Step<'_>,
+) -> Result<usize, RunError> {
+    let rows = step.rows.len();
+    let used = (rows / options.micro_batch_rows_min.max(1)).clamp(1, batches.len());
+    for (i, batch) in batches[..used].iter_mut().enumerate() {
+        batch.begin(trunk, step, rows * i / used..rows * (i + 1) / used)?;
+    }
+    Ok(used)
+}
+
+/// Final norm and output head of the rows whose logits are wanted.
+fn head(compute: &dyn Compute, trunk: &Trunk, step: &Step<'_>, batches: &[MicroBatch]) -> Vec<f32> {
+    let config = trunk.config();
+    let mut wanted: Vec<f32> = Vec::new();
+    for batch in batches {
+        let rows = step.rows[batch.rows.clone()].iter().zip(batch.residual.chunks_exact(config.hidden));
+        rows.filter(|(row, _)| row.logits).for_each(|(_, residual)| wanted.extend_from_slice(residual));
+    }
+    let rows = wanted.len() / config.hidden;
+    let mut normed = RowBuf::new(compute.dtype(), config.hidden);
+    normed.resize(rows);
+    compute.rms_norm(&wanted, &trunk.final_norm, config.rms_eps, normed.as_rows_mut());
+    let mut logits = vec![0.0; rows * config.vocab];
+    compute.linear(&trunk.head, normed.as_rows(), &mut logits);
+    logits
 }
