@@ -1,1 +1,20 @@
-//! What every daemon shares: configuration, telemetry, signals, drain.
+//! What every daemon shares, so that a service only assembles.
+//!
+//! # Layout
+//! - [`config`]: flag over environment over file, and exit code 64 for what cannot be run
+//! - [`telemetry`]: logs to stderr
+//! - [`shutdown`]: SIGINT and SIGTERM, once in good order, twice at once
+//! - [`membership`]: a node's side of the control plane: registration, lease, views
+
+#![forbid(unsafe_code)]
+
+pub mod config;
+mod error;
+pub mod membership;
+pub mod shutdown;
+pub mod telemetry;
+
+pub use error::ServiceError;
+
+/// A boxed future, for traits that must be objects.
+pub type BoxFuture<'a, T> = std::pin::Pin<Box<dyn Future<Output = T> + Send + 'a>>;
