@@ -1,0 +1,33 @@
+# What a newcomer types. Everything is built once, in release: the kernels are too slow to be tested otherwise, and the
+# demo, the tests and the benchmarks then share one set of artefacts.
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test lint bench binaries
+
+CARGO ?= cargo
+# Packages whose binaries make a mesh.
+SERVICES := -p router-svc -p attention-svc -p expert-svc -p local-mesh -p meshctl
+# Tests that start meshes of several processes are patient, but not without bound: few at once.
+TEST_THREADS ?= 2
+
+help: ## Show this list
+	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+
+binaries:
+	$(CARGO) build --release $(SERVICES) --bins
+
+demo: binaries ## Start a mesh of seven processes on the shipped tiny model, stream a completion, measure it, stop it
+	target/release/meshctl demo
+
+test: ## Set up what the tests need, then run all of them
+	scripts/setup-test-deps.sh
+	scripts/test.sh $(TEST_THREADS)
+
+lint: ## Formatting, clippy with warnings denied, documentation, tidiness
+	$(CARGO) fmt --all --check
+	$(CARGO) clippy --release --workspace --all-targets --quiet -- -D warnings
+	RUSTDOCFLAGS="-D warnings" $(CARGO) doc --release --workspace --no-deps --quiet
+	scripts/tidy.sh
+
+bench: ## Dispatch and combine round trips beside the machine's own limits
+	$(CARGO) run --release -p mesh-bench -- exchange

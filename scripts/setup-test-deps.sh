@@ -1,0 +1,24 @@
+#!/usr/bin/env bash
+# Sets up what the tests need beyond a Rust toolchain, make and a C compiler: UCX's run-time library. Where it may not
+# install, it says so, and the tests of that transport say so again.
+set -euo pipefail
+
+has_ucx() { ldconfig -p 2>/dev/null | grep -q 'libucp\.so\.0'; }
+say() { printf 'test set-up: %s\n' "$1"; }
+
+if has_ucx; then
+  say "UCX is installed: the UCX cases will run"
+elif ! command -v apt-get >/dev/null 2>&1; then
+  say "UCX is missing and there is no apt-get: install libucp.so.0 for the UCX cases; without it they are reported as not run"
+elif [ "$(id -u)" -ne 0 ]; then
+  say "UCX is missing and only root may install: run 'sudo apt-get install libucx0' for the UCX cases; without it they are reported as not run"
+else
+  say "installing libucx0 with apt-get"
+  if { apt-get install -y --no-install-recommends libucx0 || { apt-get update && apt-get install -y --no-install-recommends libucx0; }; } >/tmp/setup-test-deps.$$.log 2>&1; then
+    say "libucx0 is installed: the UCX cases will run"
+  else
+    tail -n 5 "/tmp/setup-test-deps.$$.log" | sed 's/^/test set-up:   /'
+    say "libucx0 could not be installed (above): the UCX cases are reported as not run"
+  fi
+  rm -f "/tmp/setup-test-deps.$$.log"
+fi

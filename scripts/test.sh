@@ -1,0 +1,23 @@
+#!/usr/bin/env bash
+# Builds the services (the integration tests start them as processes), runs every test of the workspace, and says at the
+# end what could not run here. Usage: scripts/test.sh [threads]
+set -euo pipefail
+cd "$(dirname "$0")/.."
+threads=${1:-2}
+
+cargo build --release --workspace --bins
+log=$(mktemp)
+trap 'rm -f "$log"' EXIT
+# Tests print what they cannot run as lines that begin with "NOT RUN:"; --nocapture lets them through.
+cargo test --release --workspace -- --test-threads "$threads" --nocapture 2>&1 | tee "$log"
+
+printf '\n== summary ==\n'
+grep -hE '^test result' "$log" |
+  awk '{ passed += $4; failed += $6; ignored += $8 } END { printf "%d tests passed, %d failed, %d ignored\n", passed, failed, ignored }'
+if grep -q '^UCX:' "$log"; then grep -h '^UCX:' "$log" | sort -u; else echo "UCX: no case reported itself"; fi
+if grep -q 'NOT RUN:' "$log"; then
+  echo 'not run here:'
+  grep -hoE 'NOT RUN:.*' "$log" | sort -u | sed 's/^/  /'
+else
+  echo 'every case ran'
+fi
