@@ -1,1 +1,271 @@
 //! The bounded window that frames are built and read in.
+//!
+//! Bodies come out of a [`Window`] and go back when dropped, from whichever thread; those that went back are handed out
+//! again, so a steady state allocates nothing. Sending and receiving may each take three quarters of the window at most:
+//! a node whose queues are full of answers can still receive, and one that is flooded can still answer, which is what
+//! keeps two nodes from waiting for each other for ever.
+
+use std::fmt;
+use std::ops::{Deref, DerefMut};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock};
+
+use crate::{TransportError, Wake};
+
+/// Alignment of every body: a cache line, and the widest SIMD register.
+pub const BODY_ALIGN: usize = 64;
+
+#[derive(Clone, Copy, bytemuck::Pod, bytemuck::Zeroable)]
+#[repr(C, align(64))]
+struct Block([u8; BODY_ALIGN]);
+
+/// What a body was taken for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Use {
+    Send,
+    Receive,
+}
+
+#[derive(Default)]
+struct State {
+    sending: usize,
+    receiving: usize,
+    /// Bodies to be handed out again, by size class: `free[c]` holds bodies of `64 << c` bytes.
+    free: Vec<Vec<Box<[Block]>>>,
+    free_count: usize,
+    /// Whether somebody found the window full and waits for the waker.
+    starved: bool,
+}
+
+/// A bounded number of bodies of bounded size.
+pub struct Window {
+    bodies_max: usize,
+    body_bytes_max: usize,
+    state: Mutex<State>,
+    waker: OnceLock<Arc<dyn Wake>>,
+}
+
+impl Window {
+    /// A window of `bodies_max` bodies (2 at least: one for each direction) of up to `body_bytes_max` bytes each.
+    /// Memory is taken as it is first needed.
+    pub fn new(bodies_max: usize, body_bytes_max: usize) -> Arc<Self> {
+        let classes = size_class(body_bytes_max) + 1;
+        let state = State { free: (0..classes).map(|_| Vec::new()).collect(), ..State::default() };
+        Arc::new(Self {
+            bodies_max: bodies_max.max(2),
+            body_bytes_max,
+            state: Mutex::new(state),
+            waker: OnceLock::new(),
+        })
+    }
+
+    /// Whom to wake when a body comes back after the window was found full. Only the first call counts.
+    pub fn set_waker(&self, waker: Arc<dyn Wake>) {
+        // A second waker would be the same transport's: keeping the first is right.
+        let _ = self.waker.set(waker);
+    }
+
+    /// A body to build a frame in. Its bytes are unspecified. An empty body takes no room.
+    ///
+    /// # Errors
+    /// [`TransportError::BodyTooLarge`] and [`TransportError::WindowFull`].
+    pub fn take(self: &Arc<Self>, bytes: usize) -> Result<FrameBuf, TransportError> {
+        self.take_for(Use::Send, bytes)
+    }
+
+    /// A body to receive a frame in; otherwise as [`Window::take`].
+    ///
+    /// # Errors
+    /// As [`Window::take`].
+    pub fn take_received(self: &Arc<Self>, bytes: usize) -> Result<FrameBuf, TransportError> {
+        self.take_for(Use::Receive, bytes)
+    }
+
+    /// Bodies that were taken and not dropped yet.
+    pub fn in_use(&self) -> usize {
+        let state = self.lock();
+        state.sending + state.receiving
+    }
+
+    /// The largest body.
+    pub fn body_bytes_max(&self) -> usize {
+        self.body_bytes_max
+    }
+
+    fn lock(&self) -> MutexGuard<'_, State> {
+        // Nothing in here panics halfway through a change.
+        self.state.lock().unwrap_or_else(std::sync::PoisonError::into_inner)
+    }
+
+    fn take_for(self: &Arc<Self>, used: Use, bytes: usize) -> Result<FrameBuf, TransportError> {
+        if bytes == 0 {
+            return Ok(FrameBuf { blocks: Box::default(), len: 0, window: None, used });
+        }
+        if bytes > self.body_bytes_max {
+            return Err(TransportError::BodyTooLarge { bytes, max: self.body_bytes_max });
+        }
+        let class = size_class(bytes);
+        let recycled = {
+            let mut state = self.lock();
+            let mine = if used == Use::Send { state.sending } else { state.receiving };
+            let share = self.bodies_max - (self.bodies_max / 4).max(1);
+            if mine >= share || state.sending + state.receiving >= self.bodies_max {
+                state.starved = true;
+                return Err(TransportError::WindowFull { bodies: self.bodies_max });
+            }
+            *(if used == Use::Send { &mut state.sending } else { &mut state.receiving }) += 1;
+            let recycled = state.free[class].pop();
+            if recycled.is_some() {
+                state.free_count -= 1;
+            } else if state.sending + state.receiving + state.free_count > self.bodies_max {
+                // All memory is in other classes: give the largest back, so that the window's bound holds in bytes too.
+                let largest = state.free.iter_mut().rev().find_map(Vec::pop);
+                state.free_count -= usize::from(largest.is_some());
+            }
+            recycled
+        };
+        let blocks = recycled.unwrap_or_else(|| bytemuck::zeroed_slice_box(1 << class));
+        Ok(FrameBuf { blocks, len: bytes, window: Some(Arc::clone(self)), used })
+    }
+
+    fn give_back(&self, blocks: Box<[Block]>, used: Use) {
+        let starved = {
+            let mut state = self.lock();
+            *(if used == Use::Send { &mut state.sending } else { &mut state.receiving }) -= 1;
+            let class = size_class(blocks.len() * BODY_ALIGN);
+            state.free[class].push(blocks);
+            state.free_count += 1;
+            std::mem::take(&mut state.starved)
+        };
+        if let Some(waker) = self.waker.get().filter(|_| starved) {
+            waker.wake();
+        }
+    }
+}
+
+impl fmt::Debug for Window {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "Window({} of {} bodies in use)", self.in_use(), self.bodies_max)
+    }
+}
+
+/// The class of bodies of `64 << class` bytes that holds `bytes`.
+fn size_class(bytes: usize) -> usize {
+    bytes.div_ceil(BODY_ALIGN).max(1).next_power_of_two().ilog2() as usize
+}
+
+/// A frame's body: owned bytes, 64-byte aligned, that go back to their window when dropped.
+pub struct FrameBuf {
+    blocks: Box<[Block]>,
+    len: usize,
+    window: Option<Arc<Window>>,
+    used: Use,
+}
+
+impl FrameBuf {
+    /// A body of no bytes; takes no room in any window.
+    pub fn empty() -> Self {
+        FrameBuf { blocks: Box::default(), len: 0, window: None, used: Use::Send }
+    }
+}
+
+impl Deref for FrameBuf {
+    type Target = [u8];
+
+    fn deref(&self) -> &[u8] {
+        &bytemuck::cast_slice(&self.blocks)[..self.len]
+    }
+}
+
+impl DerefMut for FrameBuf {
+    fn deref_mut(&mut self) -> &mut [u8] {
+        &mut bytemuck::cast_slice_mut(&mut self.blocks)[..self.len]
+    }
+}
+
+impl Drop for FrameBuf {
+    fn drop(&mut self) {
+        if let Some(window) = self.window.take() {
+            window.give_back(std::mem::take(&mut self.blocks), self.used);
+        }
+    }
+}
+
+impl fmt::Debug for FrameBuf {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "FrameBuf({} bytes)", self.len)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::atomic::{AtomicUsize, Ordering};
+
+    use super::*;
+
+    #[test]
+    fn bodies_are_aligned_sized_and_counted() {
+        let window = Window::new(8, 1000);
+        for bytes in [1, 63, 64, 65, 999, 1000] {
+            let body = window.take(bytes).unwrap();
+            assert_eq!(body.len(), bytes);
+            assert_eq!(body.as_ptr().addr() % BODY_ALIGN, 0);
+            assert_eq!(window.in_use(), 1);
+        }
+        assert_eq!(window.in_use(), 0);
+        assert!(matches!(window.take(1001), Err(TransportError::BodyTooLarge { bytes: 1001, max: 1000 })));
+    }
+
+    #[test]
+    fn each_direction_leaves_room_for_the_other() {
+        let window = Window::new(8, 64);
+        let sending: Vec<_> = (0..6).map(|_| window.take(64).unwrap()).collect();
+        assert!(matches!(window.take(1), Err(TransportError::WindowFull { bodies: 8 })));
+        let receiving: Vec<_> = (0..2).map(|_| window.take_received(64).unwrap()).collect();
+        assert!(window.take_received(1).is_err());
+        assert!(window.take(0).is_ok(), "an empty body takes no room");
+        drop(sending);
+        assert_eq!(window.in_use(), 2);
+        drop(receiving);
+        assert_eq!(window.in_use(), 0);
+    }
+
+    #[test]
+    fn a_steady_state_hands_the_same_memory_out_again() {
+        let window = Window::new(4, 1 << 20);
+        let first = window.take(70_000).unwrap().as_ptr().addr();
+        for bytes in [70_000, 66_000, 131_072] {
+            assert_eq!(window.take(bytes).unwrap().as_ptr().addr(), first);
+        }
+    }
+
+    #[test]
+    fn memory_is_bounded_over_all_size_classes() {
+        let window = Window::new(4, 1 << 20);
+        for class in 0..15 {
+            let bodies: Vec<_> = (0..3).map(|_| window.take(64 << class).unwrap()).collect();
+            drop(bodies);
+            assert!(window.lock().free_count <= 4);
+        }
+    }
+
+    #[test]
+    fn whoever_found_the_window_full_is_woken_once() {
+        #[derive(Default)]
+        struct Count(AtomicUsize);
+        impl Wake for Count {
+            fn wake(&self) {
+                self.0.fetch_add(1, Ordering::SeqCst);
+            }
+        }
+        let (window, count) = (Window::new(2, 64), Arc::new(Count::default()));
+        window.set_waker(count.clone());
+        drop(window.take(1).unwrap());
+        assert_eq!(count.0.load(Ordering::SeqCst), 0, "nobody waits");
+        let body = window.take(1).unwrap();
+        assert!(window.take(1).is_err());
+        std::thread::spawn(move || drop(body)).join().unwrap();
+        assert_eq!(count.0.load(Ordering::SeqCst), 1);
+        drop(window.take(1).unwrap());
+        assert_eq!(count.0.load(Ordering::SeqCst), 1);
+    }
+}

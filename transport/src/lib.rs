@@ -6,15 +6,27 @@
 //! # Layout
 //! - [`frame`]: the header, the layout of dispatch and combine bodies, and their checks
 //! - [`buffer`]: the registered, bounded window that frames are built and read in
+//! - [`handshake`]: how both ends of a channel prove themselves
+//! - [`error`] and [`stats`]: what went wrong, and how much went well
+//! - [`local`], [`tcp`]: the backends
+//! - [`open`]: [`bind`] and [`client`], which choose one
+
+#![deny(unsafe_code)]
 
 pub mod buffer;
+pub mod error;
 pub mod frame;
+pub mod handshake;
+pub mod stats;
 
 use std::time::{Duration, Instant};
 
 use buffer::FrameBuf;
 use frame::FrameHeader;
 use mesh_core::{NodeId, Role, Slot};
+
+pub use error::TransportError;
+pub use stats::TransportStats;
 
 /// Which backend carries the frames.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -25,6 +37,34 @@ pub enum TransportKind {
     Tcp,
     /// UCX, opened at run time.
     Ucx,
+}
+
+impl std::fmt::Display for TransportKind {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(match self {
+            TransportKind::Local => "local",
+            TransportKind::Tcp => "tcp",
+            TransportKind::Ucx => "ucx",
+        })
+    }
+}
+
+/// A name that is no transport's.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("{0:?} is no transport; use local, tcp or ucx")]
+pub struct UnknownTransport(String);
+
+impl std::str::FromStr for TransportKind {
+    type Err = UnknownTransport;
+
+    fn from_str(name: &str) -> Result<Self, UnknownTransport> {
+        match name {
+            "local" => Ok(TransportKind::Local),
+            "tcp" => Ok(TransportKind::Tcp),
+            "ucx" => Ok(TransportKind::Ucx),
+            _ => Err(UnknownTransport(name.to_owned())),
+        }
+    }
 }
 
 /// A channel of one transport; never reused within it.
@@ -66,6 +106,18 @@ pub struct Limits {
     pub handshake_max: Duration,
     /// How long a blocked wait spins before it sleeps.
     pub spin_max: Duration,
+}
+
+impl Default for Limits {
+    fn default() -> Self {
+        Self {
+            body_bytes_max: 8 << 20,
+            bodies_max: 256,
+            channels_max: 256,
+            handshake_max: Duration::from_secs(5),
+            spin_max: Duration::from_micros(20),
+        }
+    }
 }
 
 /// What a transport has to report.
@@ -139,4 +191,7 @@ pub trait Transport: Send {
 
     /// What other threads wake this one with.
     fn waker(&self) -> std::sync::Arc<dyn Wake>;
+
+    /// What was counted so far.
+    fn stats(&self) -> TransportStats;
 }
