@@ -1,0 +1,96 @@
+//! `router-svc`: the router as a process of its own.
+
+use std::io::Write;
+use std::net::SocketAddr;
+use std::process::ExitCode;
+use std::time::Duration;
+
+use clap::Parser;
+use mesh_service::telemetry::LogArgs;
+use mesh_service::{config, shutdown};
+use router_svc::RouterConfig;
+use tokio::net::TcpListener;
+
+/// The front door and control plane of an Expert Mesh.
+#[derive(Debug, Parser)]
+#[command(name = "router-svc", version)]
+struct Flags {
+    /// Where clients and nodes connect; port 0 takes a free one.
+    #[arg(long, env = "MESH_GRPC", default_value = "127.0.0.1:50051", value_name = "ADDR")]
+    grpc: SocketAddr,
+    /// Attention nodes that the first view waits for.
+    #[arg(long, env = "MESH_ATTENTION_MIN", default_value_t = 1, value_name = "N")]
+    attention_min: usize,
+    /// Expert nodes that the first view waits for.
+    #[arg(long, env = "MESH_EXPERTS_MIN", default_value_t = 1, value_name = "N")]
+    experts_min: usize,
+    /// Nodes that hold each expert.
+    #[arg(long, env = "MESH_REPLICAS", default_value_t = 1, value_name = "N")]
+    replicas: usize,
+    /// Requests at once; more are refused as overload.
+    #[arg(long, env = "MESH_REQUESTS_MAX", default_value_t = RouterConfig::default().requests_max, value_name = "N")]
+    requests_max: usize,
+    /// How often nodes send heartbeats, milliseconds.
+    #[arg(long, env = "MESH_HEARTBEAT_MS", default_value_t = 1000, value_name = "MS")]
+    heartbeat_ms: u32,
+    /// How long a node is trusted without a heartbeat, milliseconds.
+    #[arg(long, env = "MESH_LEASE_MS", default_value_t = 10_000, value_name = "MS")]
+    lease_ms: u32,
+    #[command(flatten)]
+    log: LogArgs,
+}
+
+impl Flags {
+    fn config(&self) -> RouterConfig {
+        RouterConfig {
+            attention_min: self.attention_min,
+            experts_min: self.experts_min,
+            replicas: self.replicas,
+            requests_max: self.requests_max,
+            heartbeat: Duration::from_millis(self.heartbeat_ms.into()),
+            lease: Duration::from_millis(self.lease_ms.into()),
+            ..RouterConfig::default()
+        }
+    }
+}
+
+async fn run(flags: Flags, router: RouterConfig) -> Result<(), Box<dyn std::error::Error>> {
+    // Watched from before the ready line on, so that no parent's signal comes too early.
+    let stop = shutdown::on_signals()?;
+    let listener = TcpListener::bind(flags.grpc).await.map_err(|e| format!("cannot listen on {}: {e}", flags.grpc))?;
+    let addr = listener.local_addr()?;
+    tracing::info!(%addr, ?router, "router listening");
+    let ready = serde_json::json!({ "ready": "router", "grpc": addr.to_string() });
+    let mut stdout = std::io::stdout();
+    writeln!(stdout, "{ready}")?;
+    stdout.flush()?;
+    router_svc::serve(router, listener, stop.cancelled_owned()).await?;
+    tracing::info!("router stopped");
+    Ok(())
+}
+
+fn main() -> ExitCode {
+    let flags: Flags = config::parse();
+    let router = flags.config();
+    if let Err(mistake) = router.validate() {
+        return config::refuse(&mistake);
+    }
+    if let Err(mistake) = flags.log.init() {
+        return config::refuse(&mistake);
+    }
+    // One thread: the router moves small messages, and the cores belong to the nodes.
+    let runtime = match tokio::runtime::Builder::new_current_thread().enable_all().build() {
+        Ok(runtime) => runtime,
+        Err(error) => {
+            tracing::error!(%error, "no runtime");
+            return ExitCode::FAILURE;
+        }
+    };
+    match runtime.block_on(run(flags, router)) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            tracing::error!(%error, "router failed");
+            ExitCode::FAILURE
+        }
+    }
+}

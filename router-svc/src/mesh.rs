@@ -1,0 +1,479 @@
+//! The control plane's state machine: events in, messages to nodes out. No IO and no clock of its own.
+//!
+//! A change of the view is two-phase. Every member prepares; when all have, expert nodes commit, then attention nodes,
+//! so that no frame names a view that its receiver does not have yet. Until the experts are asked to commit, anything
+//! that goes wrong abandons the change and the view before it serves on. One change is under way at a time.
+
+use std::collections::BTreeSet;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use mesh_core::placement::{Placement, PlacementError};
+use mesh_core::view::{Member, View};
+use mesh_core::{NodeId, Role, ViewId};
+use mesh_proto::{Code, MeshError, v1};
+
+use crate::membership::{Members, Node, Registration, Token};
+
+/// The bounds that the control plane keeps.
+#[derive(Clone, Debug)]
+pub struct Policy {
+    /// The version that nodes must have.
+    pub version: String,
+    /// Attention nodes that the first view waits for.
+    pub attention_min: usize,
+    /// Expert nodes that the first view waits for.
+    pub experts_min: usize,
+    /// Holders of each expert, as far as there are nodes for them.
+    pub replicas: usize,
+    /// From registration to Hello.
+    pub hello_max: Duration,
+    /// From one heartbeat to the next before the node counts as lost.
+    pub lease: Duration,
+    /// How long every member may take to prepare a view.
+    pub prepare_max: Duration,
+    /// How long a member may take to commit a prepared view.
+    pub commit_max: Duration,
+    /// How long a membership change waits for others to share its view.
+    pub debounce: Duration,
+    /// Pause after the first abandoned change; doubles with each in a row.
+    pub backoff_min: Duration,
+    /// The longest such pause.
+    pub backoff_max: Duration,
+    /// Failed views in a row after which a node that serves in no view yet is dismissed, lest it keep others out.
+    pub prepare_failures_max: u32,
+}
+
+/// Something that happened.
+#[derive(Clone, Debug, PartialEq)]
+pub enum Event {
+    /// A node opened its session.
+    Joined(NodeId),
+    /// A node's sign of life.
+    Heartbeat(NodeId, v1::NodeLoad),
+    /// A node could commit the view.
+    Prepared(NodeId, ViewId),
+    /// A node cannot take the view, and why.
+    Failed(NodeId, ViewId, String),
+    /// The view is in force on a node.
+    Committed(NodeId, ViewId),
+    /// A node goes in good order: what it has begun for clients it ends itself.
+    Leaving(NodeId, String),
+    /// A node's session is over, and why.
+    Lost(NodeId, String),
+    /// Time passed.
+    Tick,
+}
+
+/// What is to be told to a node.
+#[derive(Clone, Debug, PartialEq)]
+pub enum Order {
+    /// Load and warm what the view gives the node.
+    Prepare(Arc<View>),
+    /// The prepared view is in force.
+    Commit(ViewId),
+    /// Forget the prepared view.
+    Abandon(ViewId),
+}
+
+/// What is to be done.
+#[derive(Clone, Debug, PartialEq)]
+pub enum Action {
+    /// Send this on the node's session.
+    Send(NodeId, Order),
+    /// The node is no member any more: tell it why and close its session. Unless it goes in good order, what waits for
+    /// it waits in vain.
+    Gone {
+        /// Which node.
+        node: NodeId,
+        /// Why.
+        why: String,
+        /// Whether it ends by itself what it has begun.
+        in_order: bool,
+    },
+}
+
+#[derive(Debug)]
+enum Phase {
+    Preparing,
+    CommittingExperts,
+    CommittingAttention,
+}
+
+/// A view on its way.
+#[derive(Debug)]
+struct Change {
+    view: Arc<View>,
+    phase: Phase,
+    /// Members whose answer the phase still needs.
+    waiting: BTreeSet<NodeId>,
+    until: Instant,
+}
+
+/// The mesh as the router knows it.
+#[derive(Debug)]
+pub struct Mesh {
+    policy: Policy,
+    members: Members,
+    view: Option<Arc<View>>,
+    view_next: u64,
+    change: Option<Change>,
+    /// When the membership is to be compared with the view.
+    review: Option<Instant>,
+    /// Changes abandoned in a row.
+    abandoned: u32,
+    actions: Vec<Action>,
+}
+
+impl Mesh {
+    /// A mesh without nodes.
+    pub fn new(policy: Policy) -> Self {
+        let members = Members::new(policy.version.clone(), policy.hello_max, policy.lease);
+        Self {
+            policy,
+            members,
+            view: None,
+            view_next: 1,
+            change: None,
+            review: None,
+            abandoned: 0,
+            actions: Vec::new(),
+        }
+    }
+
+    /// The nodes.
+    pub fn members(&self) -> &Members {
+        &self.members
+    }
+
+    /// The nodes, to count what is routed to them.
+    pub fn members_mut(&mut self) -> &mut Members {
+        &mut self.members
+    }
+
+    /// The view in force.
+    pub fn view(&self) -> Option<&Arc<View>> {
+        self.view.as_ref()
+    }
+
+    /// Takes a node in, until it says Hello with `token` or `hello_max` is over.
+    ///
+    /// # Errors
+    /// As [`Members::register`].
+    pub fn register(&mut self, registration: Registration, token: Token, now: Instant) -> Result<&Node, MeshError> {
+        self.members.register(registration, token, now)
+    }
+
+    /// Opens a registered node's session.
+    ///
+    /// # Errors
+    /// As [`Members::hello`].
+    pub fn hello(&mut self, node: NodeId, token: &[u8], now: Instant) -> Result<Vec<Action>, MeshError> {
+        self.members.hello(node, token, now)?;
+        Ok(self.step(Event::Joined(node), now))
+    }
+
+    /// Whether requests are taken: some attention node has a view, and every expert of it has a live holder, or
+    /// the change that gives it one is under way and has not failed yet (requests then pause).
+    pub fn is_serving(&self) -> bool {
+        let Some(view) = &self.view else { return false };
+        let attention = self.members.live(Role::Attention).any(|n| n.committed);
+        let experts = self.members.live(Role::Expert).next().is_some();
+        attention && experts && (self.abandoned == 0 || self.is_covered(view))
+    }
+
+    fn is_covered(&self, view: &View) -> bool {
+        let live = |m: &&Member| self.members.get(m.node).is_some_and(Node::is_live);
+        let slots: BTreeSet<_> = view.experts.iter().filter(live).map(|m| m.slot).collect();
+        view.placement.table().iter().all(|holders| holders.iter().any(|s| slots.contains(s)))
+    }
+
+    /// When [`Event::Tick`] is due next.
+    pub fn due(&self) -> Option<Instant> {
+        let change = self.change.as_ref().map(|c| c.until);
+        // While a change is under way, only its end lets the membership be looked at again.
+        let review = if change.is_some() { None } else { self.review };
+        [self.members.expiry_next(), change, review].into_iter().flatten().min()
+    }
+
+    /// Takes an event in and says what is to be done about it.
+    pub fn step(&mut self, event: Event, now: Instant) -> Vec<Action> {
+        match event {
+            Event::Joined(node) => {
+                tracing::info!(%node, label = self.label(node), "node joined");
+                self.review_within(self.policy.debounce, now);
+            }
+            Event::Heartbeat(node, load) => self.members.heartbeat(node, load, now),
+            Event::Prepared(node, view) => {
+                self.answered(node, view, |phase| matches!(phase, Phase::Preparing), now);
+            }
+            Event::Committed(node, view) => {
+                self.committed(node, view, now);
+            }
+            Event::Failed(node, view, reason) => self.failed(node, view, &reason, now),
+            Event::Leaving(node, why) => self.remove(node, &format!("left: {why}"), true, now),
+            Event::Lost(node, why) => self.remove(node, &why, false, now),
+            Event::Tick => {}
+        }
+        self.tick(now);
+        std::mem::take(&mut self.actions)
+    }
+
+    fn label(&self, node: NodeId) -> String {
+        self.members.get(node).map_or_else(|| node.to_string(), Node::label)
+    }
+
+    fn review_within(&mut self, pause: Duration, now: Instant) {
+        let at = now + pause;
+        self.review = Some(self.review.map_or(at, |earlier| earlier.min(at)));
+    }
+
+    fn tick(&mut self, now: Instant) {
+        for node in self.members.expired(now) {
+            let live = self.members.get(node).is_some_and(Node::is_live);
+            let why = match live {
+                true => format!("no heartbeat within its lease of {:?}", self.policy.lease),
+                false => format!("no session within {:?} of its registration", self.policy.hello_max),
+            };
+            self.remove(node, &why, false, now);
+        }
+        if self.change.as_ref().is_some_and(|c| c.until <= now) {
+            self.overdue(now);
+        }
+        if self.change.is_none() && self.review.is_some_and(|at| at <= now) {
+            self.review = None;
+            self.begin(now);
+        }
+    }
+
+    /// Ends a phase whose time is over: a change that is not prepared is abandoned, who does not commit is dismissed.
+    fn overdue(&mut self, now: Instant) {
+        let Some(change) = &self.change else { return };
+        let waiting: Vec<NodeId> = change.waiting.iter().copied().collect();
+        if matches!(change.phase, Phase::Preparing) {
+            let labels: Vec<String> = waiting.iter().map(|n| self.label(*n)).collect();
+            let why = format!("not prepared within {:?}: {}", self.policy.prepare_max, labels.join(", "));
+            return self.abandon(&why, &waiting, now);
+        }
+        // Its state is unknown: the only safe view is one without it.
+        for node in waiting {
+            self.remove(node, &format!("did not commit within {:?}", self.policy.commit_max), false, now);
+        }
+    }
+
+    fn remove(&mut self, node: NodeId, why: &str, in_order: bool, now: Instant) {
+        let Some(gone) = self.members.remove(node) else { return };
+        let label = gone.label();
+        tracing::warn!(%node, label, why, in_order, "node gone");
+        self.actions.push(Action::Gone { node, why: why.to_owned(), in_order });
+        if !gone.is_live() {
+            return;
+        }
+        self.review_within(Duration::ZERO, now);
+        let Some(change) = &mut self.change else { return };
+        let is_member = change.view.attention.iter().chain(&change.view.experts).any(|m| m.node == node);
+        if !is_member {
+            return;
+        }
+        if matches!(change.phase, Phase::Preparing) {
+            return self.abandon(&format!("{label} is gone: {why}"), &[], now);
+        }
+        // Some may have committed already: the change goes through, and the next view is without the node.
+        if change.waiting.remove(&node) {
+            self.advance(now);
+        }
+    }
+
+    fn failed(&mut self, node: NodeId, view: ViewId, reason: &str, now: Instant) {
+        let Some(change) = self.change.as_ref().filter(|c| c.view.id == view) else { return };
+        let is_member = change.view.attention.iter().chain(&change.view.experts).any(|m| m.node == node);
+        if !is_member {
+            return;
+        }
+        if !matches!(change.phase, Phase::Preparing) {
+            // It said Prepared before and broke its word: others may have committed, so it is the one to go.
+            return self.remove(node, &format!("failed {view} after it had prepared it: {reason}"), false, now);
+        }
+        let why = format!("{}: {reason}", self.label(node));
+        self.abandon(&why, &[node], now);
+    }
+
+    /// Leaves the view before in force, and tries again after a pause that grows with each failure in a row.
+    fn abandon(&mut self, why: &str, blamed: &[NodeId], now: Instant) {
+        let Some(Change { view, .. }) = self.change.take() else { return };
+        for member in view.attention.iter().chain(&view.experts) {
+            if self.members.get(member.node).is_some() {
+                self.actions.push(Action::Send(member.node, Order::Abandon(view.id)));
+            }
+        }
+        if blamed.is_empty() {
+            // A death is no failure of the view: the next one is without the node, at once.
+            tracing::warn!(view = view.id.0, why, "view abandoned");
+            return;
+        }
+        let backoff = self.policy.backoff_min.saturating_mul(1 << self.abandoned.min(16)).min(self.policy.backoff_max);
+        self.abandoned = self.abandoned.saturating_add(1);
+        tracing::warn!(view = view.id.0, why, retry_in = ?backoff, "view abandoned");
+        self.review_within(backoff, now);
+        for id in blamed {
+            let serves =
+                self.view.as_ref().is_some_and(|v| v.attention.iter().chain(&v.experts).any(|m| m.node == *id));
+            let Some(node) = self.members.get_mut(*id) else { continue };
+            node.failures += 1;
+            if node.failures >= self.policy.prepare_failures_max && !serves {
+                let failures = node.failures;
+                self.remove(*id, &format!("failed {failures} views in a row, the last with: {why}"), false, now);
+            }
+        }
+    }
+
+    /// Issues a view for the present membership, if it differs from the view in force and suffices.
+    fn begin(&mut self, now: Instant) {
+        let Some(view) = self.plan() else { return };
+        let waiting: BTreeSet<NodeId> = view.attention.iter().chain(&view.experts).map(|m| m.node).collect();
+        let view = Arc::new(view);
+        self.view_next += 1;
+        tracing::info!(
+            view = view.id.0,
+            attention = view.attention.len(),
+            experts = view.experts.len(),
+            "preparing view"
+        );
+        self.actions.extend(waiting.iter().map(|n| Action::Send(*n, Order::Prepare(Arc::clone(&view)))));
+        self.change = Some(Change { view, phase: Phase::Preparing, waiting, until: now + self.policy.prepare_max });
+    }
+
+    fn plan(&self) -> Option<View> {
+        let by_slot = |role, addressed: bool| {
+            let addr = |n: &Node| if addressed { n.registration.addr.clone() } else { String::new() };
+            let member = |n: &Node| Member { slot: n.slot, node: n.id, data_addr: addr(n) };
+            let mut members: Vec<Member> = self.members.live(role).map(member).collect();
+            members.sort_by_key(|m| m.slot);
+            members
+        };
+        // Attention nodes connect on the data plane and are never connected to.
+        let (attention, experts) = (by_slot(Role::Attention, false), by_slot(Role::Expert, true));
+        let (attention_min, experts_min) = match self.view {
+            None => (self.policy.attention_min.max(1), self.policy.experts_min.max(1)),
+            Some(_) => (1, 1),
+        };
+        if attention.len() < attention_min || experts.len() < experts_min {
+            tracing::info!(
+                attention = attention.len(),
+                attention_min,
+                experts = experts.len(),
+                experts_min,
+                "waiting for nodes"
+            );
+            return None;
+        }
+        if self.view.as_ref().is_some_and(|v| v.attention == attention && v.experts == experts) {
+            return None;
+        }
+        match self.place(&experts) {
+            Ok(placement) => Some(View { id: ViewId(self.view_next), attention, experts, placement }),
+            Err(error) => {
+                tracing::error!(%error, "no placement");
+                None
+            }
+        }
+    }
+
+    fn place(&self, experts: &[Member]) -> Result<Placement, PlacementError> {
+        let Some(first) = self.members.sameness() else { return Err(PlacementError::NoNodes { experts: 0 }) };
+        let registration = &first.registration;
+        let slots: Vec<_> = experts.iter().map(|m| m.slot).collect();
+        let replicas = self.policy.replicas.clamp(1, slots.len().max(1));
+        if replicas < self.policy.replicas {
+            tracing::warn!(wanted = self.policy.replicas, replicas, "fewer expert nodes than replicas wanted");
+        }
+        Placement::balanced(
+            registration.moe_layers.clone(),
+            registration.sameness.model.experts as usize,
+            &slots,
+            replicas,
+        )
+    }
+
+    fn committed(&mut self, node: NodeId, view: ViewId, now: Instant) {
+        if self.answered(node, view, |phase| !matches!(phase, Phase::Preparing), now)
+            && let Some(node) = self.members.get_mut(node)
+        {
+            node.committed = true;
+            node.failures = 0;
+        }
+    }
+
+    /// Counts a member's answer to the present phase; an answer to anything else is dropped.
+    fn answered(&mut self, node: NodeId, view: ViewId, phase: impl Fn(&Phase) -> bool, now: Instant) -> bool {
+        let expected = self.change.as_mut().filter(|c| c.view.id == view && phase(&c.phase));
+        if !expected.is_some_and(|c| c.waiting.remove(&node)) {
+            tracing::debug!(%node, %view, "answer that nobody awaits");
+            return false;
+        }
+        self.advance(now);
+        true
+    }
+
+    /// Goes on to the next phase as often as nobody is waited for.
+    fn advance(&mut self, now: Instant) {
+        while let Some(change) = self.change.as_mut().filter(|c| c.waiting.is_empty()) {
+            let id = change.view.id;
+            let next = match change.phase {
+                Phase::Preparing => Phase::CommittingExperts,
+                Phase::CommittingExperts => Phase::CommittingAttention,
+                Phase::CommittingAttention => {
+                    tracing::info!(view = id.0, "view committed");
+                    self.abandoned = 0;
+                    self.change = None;
+                    return;
+                }
+            };
+            let group = match next {
+                Phase::CommittingExperts => &change.view.experts,
+                _ => &change.view.attention,
+            };
+            let live = |n: &NodeId| self.members.get(*n).is_some_and(Node::is_live);
+            change.waiting = group.iter().map(|m| m.node).filter(live).collect();
+            change.until = now + self.policy.commit_max;
+            self.actions.extend(change.waiting.iter().map(|n| Action::Send(*n, Order::Commit(id))));
+            if matches!(next, Phase::CommittingAttention) {
+                // From here on frames of this view are welcome at every expert node.
+                self.view = Some(Arc::clone(&change.view));
+            }
+            change.phase = next;
+        }
+    }
+
+    /// Strikes every node out: the router goes.
+    pub fn close(&mut self, why: &str) -> Vec<Action> {
+        let nodes: Vec<NodeId> = self.members.iter().map(|n| n.id).collect();
+        let gone = nodes.into_iter().filter_map(|node| self.members.remove(node));
+        let gone = gone.map(|n| Action::Gone { node: n.id, why: why.to_owned(), in_order: true });
+        let actions = gone.collect();
+        (self.change, self.review) = (None, None);
+        actions
+    }
+
+    /// Why no request is taken, for people.
+    pub fn why_not_serving(&self) -> MeshError {
+        let count = |role| self.members.live(role).count();
+        let (attention, experts) = (count(Role::Attention), count(Role::Expert));
+        let Policy { attention_min, experts_min, .. } = self.policy;
+        let what = match (&self.view, &self.change) {
+            (_, Some(change)) => format!("{} is being prepared; try again in a moment", change.view.id),
+            (None, None) => format!(
+                "{attention} of {attention_min} attention and {experts} of {experts_min} expert nodes are here; start \
+                 the others"
+            ),
+            (Some(_), None) => format!(
+                "{attention} attention and {experts} expert nodes are left and cannot serve (the router's log says \
+                 why); start more"
+            ),
+        };
+        MeshError::new(Code::NotServing, what)
+    }
+}
+
+#[cfg(test)]
+mod tests;
