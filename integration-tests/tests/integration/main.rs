@@ -1,0 +1,8 @@
+//! Everything that is promised of a running mesh, by behaviour. Meshes are real processes, started by `meshctl up`.
+
+mod bad_input;
+mod dependencies;
+mod goldens;
+mod invariance;
+mod processes;
+mod streams;

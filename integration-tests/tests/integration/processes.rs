@@ -1,0 +1,192 @@
+//! The command line and the processes that it starts: what they print, that they end, and that they rest.
+
+use std::time::Duration;
+
+use integration_tests::mesh::{binary, is_running, send_signal};
+use integration_tests::patience::{eventually, soon};
+use integration_tests::{Dtype, Mesh, Transport};
+use serde_json::Value;
+use tokio::process::Command;
+
+/// How long an idle mesh is watched.
+const IDLE_WATCH: Duration = Duration::from_secs(8);
+/// Clock ticks of /proc/PID/stat in a second: the kernel's USER_HZ, the same on every Linux architecture served.
+const TICKS_PER_SECOND: u64 = 100;
+
+async fn meshctl(args: &[&str]) -> (i32, String, String) {
+    let output = soon("meshctl", Command::new(binary("meshctl")).args(args).kill_on_drop(true).output()).await;
+    let output = output.expect("meshctl runs");
+    let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
+    (output.status.code().unwrap_or(-1), text(&output.stdout), text(&output.stderr))
+}
+
+async fn all_gone(pids: &[u32]) {
+    eventually("every process is gone", || async {
+        let left: Vec<_> = pids.iter().filter(|pid| is_running(**pid)).collect();
+        if left.is_empty() { Ok(()) } else { Err(format!("running: {left:?}")) }
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn the_ready_line_names_every_process_and_sigterm_ends_them_all() {
+    let mut mesh = Mesh::builder().attention(2).experts(2).transport(Transport::Tcp).start().await;
+    let ready = mesh.ready().clone();
+    assert_eq!(ready["ready"], true);
+    let nodes = ready["nodes"].as_array().expect("nodes");
+    let count = |role: &str| nodes.iter().filter(|n| n["role"] == role).count();
+    assert_eq!((count("router"), count("attention"), count("expert")), (1, 2, 2));
+    for node in nodes {
+        assert!(node["id"].is_string() && node["addr"].as_str().is_some_and(|a| a.contains("127.0.0.1:")), "{node}");
+    }
+    let mut pids = mesh.pids();
+    pids.sort_unstable();
+    pids.dedup();
+    assert_eq!(pids.len(), 5, "every node is a process of its own");
+    assert!(pids.iter().all(|pid| is_running(*pid)));
+
+    assert_eq!(mesh.stop().await.code(), Some(0), "{}", mesh.log());
+    all_gone(&pids).await;
+}
+
+#[tokio::test]
+async fn a_mesh_in_one_process_has_the_same_ready_line_and_ends_as_well() {
+    let mut mesh = Mesh::builder().attention(2).experts(2).transport(Transport::Local).start().await;
+    let ready = mesh.ready().clone();
+    assert_eq!(ready["ready"], true);
+    let nodes = ready["nodes"].as_array().expect("nodes");
+    assert_eq!(nodes.len(), 5, "{ready}");
+    assert!(nodes.iter().all(|n| n["pid"] == mesh.pid() && n["id"].is_string() && n["addr"].is_string()), "{ready}");
+    let pid = mesh.pid();
+    assert_eq!(mesh.stop().await.code(), Some(0), "{}", mesh.log());
+    assert!(!is_running(pid));
+}
+
+#[tokio::test]
+async fn nodes_do_not_outlive_a_killed_meshctl() {
+    let mut mesh = Mesh::builder().attention(2).experts(2).transport(Transport::Tcp).start().await;
+    let pids = mesh.pids();
+    mesh.kill().await;
+    all_gone(&pids).await;
+}
+
+#[tokio::test]
+async fn sigint_ends_a_mesh_that_has_work_to_do() {
+    let mesh = Mesh::builder().transport(Transport::Tcp).start().await;
+    let (pids, grpc, pid) = (mesh.pids(), mesh.grpc().to_owned(), mesh.pid());
+    let request = ["generate", "--grpc", &grpc, "--token-ids", "100", "--max-new-tokens", "900", "--ignore-eos"];
+    let mut client = Command::new(binary("meshctl"));
+    client.args(request).stdout(std::process::Stdio::null()).stderr(std::process::Stdio::null()).kill_on_drop(true);
+    let mut client = client.spawn().expect("meshctl starts");
+    eventually("the request runs", || async {
+        if mesh.status().await.requests_active == 1 { Ok(()) } else { Err("not active".to_owned()) }
+    })
+    .await;
+    send_signal("INT", pid);
+    all_gone(&pids).await;
+    assert!(!soon("the client's end", client.wait()).await.expect("its status").success(), "its stream was cut");
+}
+
+#[tokio::test]
+async fn generate_prints_text_as_it_comes_or_one_json_object() {
+    let mesh = Mesh::builder().dtype(Dtype::F32).transport(Transport::Tcp).start().await;
+    let common = ["generate", "--grpc", mesh.grpc(), "--prompt", "Wisdom is", "--max-new-tokens", "16"];
+    let (code, text, errors) = meshctl(&common).await;
+    assert_eq!(code, 0, "{errors}");
+
+    let (code, json, errors) = meshctl(&[&common[..], &["--json", "--logprobs", "2"]].concat()).await;
+    assert_eq!(code, 0, "{errors}");
+    let json: Value = serde_json::from_str(&json).expect("one JSON object");
+    let ids = json["token_ids"].as_array().expect("token_ids");
+    let logprobs = json["logprobs"].as_array().expect("logprobs");
+    assert_eq!(ids.len(), logprobs.len());
+    assert!(logprobs.iter().all(|l| l.as_f64().is_some_and(|l| l <= 0.0)), "{logprobs:?}");
+    assert!(matches!(json["finish_reason"].as_str(), Some("stop" | "length")), "{json}");
+    assert_eq!(json["usage"]["completion_tokens"], ids.len());
+    assert_eq!(json["top_logprobs"][0].as_array().map(Vec::len), Some(2));
+    assert_eq!(json["top_logprobs"][0][0]["id"], ids[0], "greedy takes the best");
+    let words = json["text"].as_str().expect("text");
+    assert!(!words.trim().is_empty());
+    assert_eq!(text.trim_end_matches('\n'), words.trim_end_matches('\n'), "the same text, streamed");
+}
+
+#[tokio::test]
+async fn errors_have_exit_codes_of_their_own_and_name_the_remedy() {
+    let mesh = Mesh::builder().transport(Transport::Local).start().await;
+    let grpc = mesh.grpc();
+    let (code, out, errors) = meshctl(&["generate", "--grpc", grpc, "--token-ids", "999999"]).await;
+    assert_eq!((code, out.trim()), (65, ""), "{errors}");
+    assert!(errors.contains("INVALID_REQUEST") && errors.contains("remedy:"), "{errors}");
+    let (code, _, errors) = meshctl(&["generate", "--grpc", "127.0.0.1:1", "--prompt", "a"]).await;
+    assert_eq!(code, 69, "{errors}");
+    let (code, _, errors) = meshctl(&["generate", "--grpc", grpc]).await;
+    assert_eq!(code, 64, "{errors}");
+    let (code, _, errors) = meshctl(&["up", "--model", "/nowhere"]).await;
+    assert_eq!(code, 64, "{errors}");
+    assert!(errors.contains("/nowhere"), "{errors}");
+}
+
+#[tokio::test]
+async fn status_and_doctor_answer_in_words_and_in_json() {
+    let mesh = Mesh::builder().attention(1).experts(3).transport(Transport::Tcp).start().await;
+    let (code, json, errors) = meshctl(&["status", "--grpc", mesh.grpc(), "--json"]).await;
+    assert_eq!(code, 0, "{errors}");
+    let json: Value = serde_json::from_str(&json).expect("one JSON object");
+    assert_eq!((&json["serving"], json["nodes"].as_array().map(Vec::len)), (&true.into(), Some(4)));
+    let layers = json["placement"].as_array().expect("placement");
+    let held = layers.iter().flat_map(|l| l["experts"].as_array().expect("experts"));
+    assert!(held.clone().count() > 0 && held.clone().all(|slots| slots.as_array().is_some_and(|s| !s.is_empty())));
+    let (code, words, _) = meshctl(&["status", "--grpc", mesh.grpc()]).await;
+    assert!(code == 0 && words.starts_with("serving") && words.contains("expert-2"), "{words}");
+
+    let (code, words, _) = meshctl(&["doctor"]).await;
+    assert!(code == 0 && words.contains("simd:") && words.contains("ucx:"), "{words}");
+}
+
+/// User and system time that a process has taken, in clock ticks.
+fn cpu_ticks(pid: u32) -> u64 {
+    let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).expect("the process runs");
+    let (_, fields) = stat.rsplit_once(") ").expect("the command's name is in parentheses");
+    // utime and stime are fields 14 and 15 of the file; the state after the name is field 3.
+    fields.split(' ').skip(11).take(2).map(|t| t.parse::<u64>().expect("a number")).sum()
+}
+
+async fn rests(transport: Transport) {
+    let mesh = Mesh::builder().attention(2).experts(4).transport(transport).start().await;
+    mesh.generate(integration_tests::ids_request(&[100, 101], 4)).await.expect("an answer");
+    mesh.assert_idle().await;
+    let mut pids = mesh.pids();
+    pids.push(mesh.pid());
+    pids.sort_unstable();
+    pids.dedup();
+    let ticks = || pids.iter().map(|pid| cpu_ticks(*pid)).sum::<u64>();
+    let before = ticks();
+    tokio::time::sleep(IDLE_WATCH).await;
+    let used = ticks() - before;
+    let bound = IDLE_WATCH.as_secs() * TICKS_PER_SECOND / 100;
+    eprintln!("idle over {}: {used} ticks in {IDLE_WATCH:?}, 1 % of one core is {bound}", transport.flag());
+    assert!(used < bound, "an idle mesh of {} processes took {used} ticks, the bound is {bound}", pids.len());
+}
+
+#[tokio::test]
+async fn an_idle_mesh_rests_over_tcp() {
+    rests(Transport::Tcp).await;
+}
+
+#[tokio::test]
+async fn an_idle_mesh_rests_over_ucx() {
+    if integration_tests::mesh::ucx_missing("idle mesh").await.is_none() {
+        rests(Transport::Ucx).await;
+    }
+}
+
+#[tokio::test]
+async fn the_demo_runs_to_its_end_and_leaves_nothing() {
+    let (code, out, errors) = meshctl(&["demo", "--max-new-tokens", "24"]).await;
+    assert_eq!(code, 0, "{out}\n{errors}");
+    for what in
+        ["Wisdom is", "placement", "2 x B x S x H", "before deduplication", "measured", "nothing is left running"]
+    {
+        assert!(out.contains(what), "`{what}` in:\n{out}");
+    }
+}
