@@ -4,6 +4,7 @@
 //! - [`config`]: flag over environment over file, and exit code 64 for what cannot be run
 //! - [`telemetry`]: logs to stderr
 //! - [`shutdown`]: SIGINT and SIGTERM, once in good order, twice at once
+//! - [`ready`]: the line that says that a program is up
 //! - [`membership`]: a node's side of the control plane: registration, lease, views
 
 #![forbid(unsafe_code)]
@@ -11,6 +12,7 @@
 pub mod config;
 mod error;
 pub mod membership;
+pub mod ready;
 pub mod shutdown;
 pub mod telemetry;
 

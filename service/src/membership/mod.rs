@@ -7,6 +7,8 @@
 
 mod register;
 mod session;
+#[cfg(test)]
+mod tests;
 
 use std::sync::Arc;
 
