@@ -10,14 +10,25 @@
 //! - [`kv`]: the paged KV cache
 //! - [`reference`]: readable, slow, the oracle
 //! - [`cpu`]: SIMD chosen at run time, threads
+//! - `matrix`: packed weights; `memory`: aligned storage; `bf16`: the one rounding; `pointwise`: norms, rotation and
+//!   combine, which every backend shares; `checks`: the entry checks of every kernel
 
+mod bf16;
+mod checks;
 pub mod cpu;
+mod error;
 pub mod kv;
+mod matrix;
+mod memory;
+mod pointwise;
 pub mod reference;
 pub mod rows;
 
 use kv::{KvCache, KvShape};
 use rows::{MatrixView, Rows, RowsMut};
+
+pub use error::KernelError;
+pub use matrix::{Ffn, Matrix};
 
 /// Tokens in a page of the KV cache, which is also the step in which attention reduces over the sequence.
 pub const KV_PAGE_TOKENS: usize = 32;
@@ -29,16 +40,6 @@ pub enum Dtype {
     F32,
     /// bfloat16 operands, f32 sums.
     Bf16,
-}
-
-/// A weight matrix `[n, k]` (outputs x inputs) in a backend's own layout.
-pub struct Matrix {
-    // fields private to the crate: n, k, dtype, layout tag, 64-byte aligned storage
-}
-
-/// A SwiGLU FFN (`down(silu(gate x) * (up x))`) in a backend's own layout.
-pub struct Ffn {
-    // fields private to the crate
 }
 
 /// One expert and all the rows that want it, gathered from wherever they lie, with a place for each answer.

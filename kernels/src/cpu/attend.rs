@@ -1,0 +1,324 @@
+//! Attention: an online softmax for each (row, head), over the pages that it sees, in order.
+//!
+//! Up to `Simd::QUERIES` (row, head) pairs of one sequence and KV head walk the pages together so that K and V are
+//! loaded once; each keeps its own state, and who walks beside it changes nothing of what it computes.
+
+use super::simd::Simd;
+use crate::kv::KvCache;
+use crate::matrix::LANES;
+use crate::pointwise::sum_lanes;
+use crate::{KV_PAGE_TOKENS, QueryRow, checks};
+
+/// Most (row, head) pairs that walk together, on any instruction set.
+const QUERIES_MAX: usize = 4;
+
+/// Rows of one sequence, and one KV head.
+pub(crate) struct Attend<'a> {
+    pub cache: &'a KvCache,
+    pub layer: usize,
+    pub kv_head: usize,
+    /// Query heads that share the KV head.
+    pub group: usize,
+    pub scale: f32,
+    pub window: Option<u32>,
+    /// Rows with the same pages.
+    pub rows: &'a [QueryRow<'a>],
+    /// The rows' queries, the first at 0.
+    pub q: &'a [f32],
+    pub q_stride: usize,
+    /// The first row's place; rows are `out_stride` bytes apart.
+    pub out: *mut u8,
+    pub out_stride: usize,
+}
+
+/// One (row, head) pair on its way.
+#[derive(Clone, Copy)]
+struct Query {
+    q: *const f32,
+    out: *mut u8,
+    /// Positions seen: `first..end`.
+    first: usize,
+    end: usize,
+    max: f32,
+    total: f32,
+}
+
+#[repr(C, align(64))]
+struct Weights([[f32; KV_PAGE_TOKENS]; QUERIES_MAX]);
+
+/// Computes all of `a`.
+/// # Safety
+/// `out` has room for the rows, whose columns of this KV head's queries nobody else touches; the entry checks passed.
+#[inline(always)]
+pub(crate) unsafe fn attend<S: Simd>(s: S, a: &Attend<'_>, sums: &mut Vec<f32>) {
+    let pairs = a.rows.len() * a.group;
+    sums.clear();
+    sums.resize(QUERIES_MAX * a.cache.v_stride(), 0.0);
+    let mut pair = 0;
+    while pair < pairs {
+        let left = pairs - pair;
+        // SAFETY: pairs `pair..pair + N` exist; the rest is the caller's promise.
+        unsafe {
+            if S::QUERIES >= 4 && left >= 4 {
+                walk::<S, 4>(s, a, pair, sums);
+                pair += 4;
+            } else if S::QUERIES >= 2 && left >= 2 {
+                walk::<S, 2>(s, a, pair, sums);
+                pair += 2;
+            } else {
+                walk::<S, 1>(s, a, pair, sums);
+                pair += 1;
+            }
+        }
+    }
+}
+
+/// # Safety
+/// As `attend`, for `N` pairs from `first_pair`.
+#[inline(always)]
+unsafe fn walk<S: Simd, const N: usize>(s: S, a: &Attend<'_>, first_pair: usize, sums: &mut [f32]) {
+    let (dtype, dim, stride) = (a.cache.dtype(), a.cache.shape().head_dim, a.cache.v_stride());
+    let mut queries = [query(a, first_pair); N];
+    for i in 1..N {
+        queries[i] = query(a, first_pair + i);
+    }
+    let (mut page, mut last) = (usize::MAX, 0);
+    for query in &queries {
+        page = page.min(query.first / KV_PAGE_TOKENS);
+        last = last.max((query.end - 1) / KV_PAGE_TOKENS);
+    }
+    sums[..N * stride].fill(0.0);
+    let pages = a.rows[first_pair / a.group].pages;
+    let mut weights = Weights([[0.0; KV_PAGE_TOKENS]; QUERIES_MAX]);
+    while page <= last {
+        let start = page * KV_PAGE_TOKENS;
+        if !seen_by_any(&queries, start) {
+            // Between windows that lie far apart: the page may be another sequence's by now.
+            page += 1;
+            continue;
+        }
+        let k = a.cache.k_block(a.layer, pages[page], a.kv_head);
+        let v = a.cache.v_block(a.layer, pages[page], a.kv_head).as_ptr();
+        // SAFETY: K and V are whole blocks of the cache; sums hold N rows of `stride`.
+        unsafe {
+            scores::<S, N>(s, a, &queries, k.as_ptr(), &mut weights);
+            let mut together = true;
+            let first_range = visible(&queries[0], start);
+            for i in 0..N {
+                let range = visible(&queries[i], start);
+                together &= range == first_range;
+                if range.0 < range.1 {
+                    soften(s, &mut queries[i], &mut weights.0[i], range, &mut sums[i * stride..][..stride]);
+                }
+            }
+            if together {
+                gather::<S, N>(s, dtype, v, stride, &weights, 0, first_range, sums.as_mut_ptr());
+            } else {
+                for i in 0..N {
+                    let at = sums.as_mut_ptr().add(i * stride);
+                    gather::<S, 1>(s, dtype, v, stride, &weights, i, visible(&queries[i], start), at);
+                }
+            }
+        }
+        page += 1;
+    }
+    for i in 0..N {
+        let total = s.splat(queries[i].total);
+        let mut d = 0;
+        while d < dim {
+            // SAFETY: sums are padded to whole vectors; the place has room for `dim` elements.
+            unsafe {
+                let value = s.div(s.load(sums.as_ptr().add(i * stride + d)), total);
+                s.store_as(dtype, queries[i].out.add(d * dtype.bytes()), value, LANES.min(dim - d));
+            }
+            d += LANES;
+        }
+    }
+}
+
+#[inline(always)]
+fn query(a: &Attend<'_>, pair: usize) -> Query {
+    let (row, head) = (pair / a.group, a.kv_head * a.group + pair % a.group);
+    let (dim, position) = (a.cache.shape().head_dim, a.rows[row].position);
+    let q = a.q[row * a.q_stride + head * dim..][..dim].as_ptr();
+    let offset = row * a.out_stride + head * dim * a.cache.dtype().bytes();
+    Query {
+        q,
+        out: a.out.wrapping_add(offset),
+        first: checks::first_visible(position, a.window) as usize,
+        end: position as usize + 1,
+        max: f32::NEG_INFINITY,
+        total: 0.0,
+    }
+}
+
+/// The slots of the page at `start` that a query sees, as `(from, to)`.
+#[inline(always)]
+fn visible(query: &Query, start: usize) -> (usize, usize) {
+    let from = query.first.saturating_sub(start).min(KV_PAGE_TOKENS);
+    let to = query.end.saturating_sub(start).min(KV_PAGE_TOKENS);
+    (from, to.max(from))
+}
+
+#[inline(always)]
+fn seen_by_any<const N: usize>(queries: &[Query; N], start: usize) -> bool {
+    let mut any = false;
+    for query in queries {
+        let (from, to) = visible(query, start);
+        any |= from < to;
+    }
+    any
+}
+
+/// `q . k` of every slot of a page, seen or not.
+/// # Safety
+/// `k` is a block of the cache.
+#[inline(always)]
+unsafe fn scores<S: Simd, const N: usize>(
+    s: S,
+    a: &Attend<'_>,
+    queries: &[Query; N],
+    k: *const u8,
+    scores: &mut Weights,
+) {
+    let dtype = a.cache.dtype();
+    let mut sums = [[s.splat(0.0); 2]; N];
+    for d in 0..a.cache.shape().head_dim {
+        // SAFETY: K holds 32 elements, and a query one, for each d.
+        unsafe {
+            let line = k.add(d * KV_PAGE_TOKENS * dtype.bytes());
+            let (low, high) = (s.load_as(dtype, line), s.load_as(dtype, line.add(LANES * dtype.bytes())));
+            for i in 0..N {
+                let q = s.splat(*queries[i].q.add(d));
+                sums[i][0] = s.fma(q, low, sums[i][0]);
+                sums[i][1] = s.fma(q, high, sums[i][1]);
+            }
+        }
+    }
+    let scale = s.splat(a.scale);
+    for i in 0..N {
+        let to = scores.0[i].as_mut_ptr();
+        // SAFETY: a row of scores holds two vectors.
+        unsafe {
+            s.store(to, s.mul(sums[i][0], scale));
+            s.store(to.add(LANES), s.mul(sums[i][1], scale));
+        }
+    }
+}
+
+/// One step of the online softmax: scores become weights, and what was summed so far is brought to the new maximum.
+#[inline(always)]
+fn soften<S: Simd>(
+    s: S,
+    query: &mut Query,
+    scores: &mut [f32; KV_PAGE_TOKENS],
+    visible: (usize, usize),
+    sums: &mut [f32],
+) {
+    // Whatever an unseen slot holds, its score is replaced, never computed with.
+    scores[..visible.0].fill(f32::NEG_INFINITY);
+    scores[visible.1..].fill(f32::NEG_INFINITY);
+    let (low, high) = (scores.as_mut_ptr(), scores[LANES..].as_mut_ptr());
+    let mut lanes = [0f32; LANES];
+    // SAFETY: `scores` holds two vectors, `lanes` one, `sums` whole ones.
+    unsafe {
+        let (a, b) = (s.load(low), s.load(high));
+        s.store(lanes.as_mut_ptr(), s.max(a, b));
+        let mut max = query.max;
+        for lane in lanes {
+            max = if lane > max { lane } else { max };
+        }
+        let (a, b) = (s.exp(s.sub(a, s.splat(max))), s.exp(s.sub(b, s.splat(max))));
+        s.store(low, a);
+        s.store(high, b);
+        s.store(lanes.as_mut_ptr(), s.add(a, b));
+        if max != query.max {
+            let factor = s.exp(s.splat(query.max - max));
+            let mut d = 0;
+            while d < sums.len() {
+                let at = sums.as_mut_ptr().add(d);
+                s.store(at, s.mul(s.load(at), factor));
+                d += LANES;
+            }
+            let mut factors = [0f32; LANES];
+            s.store(factors.as_mut_ptr(), factor);
+            query.total *= factors[0];
+            query.max = max;
+        }
+    }
+    query.total += sum_lanes(lanes);
+}
+
+/// `sums += weight * v` over the slots `visible`, for `N` rows of weights from `first`.
+/// # Safety
+/// `v` is a block of the cache with rows of `stride`; `sums` holds `N` rows of it.
+#[allow(clippy::too_many_arguments)]
+#[inline(always)]
+unsafe fn gather<S: Simd, const N: usize>(
+    s: S,
+    dtype: crate::Dtype,
+    v: *const u8,
+    stride: usize,
+    weights: &Weights,
+    first: usize,
+    visible: (usize, usize),
+    sums: *mut f32,
+) {
+    let mut d = 0;
+    while d < stride {
+        // SAFETY: columns `d..d + 16 * B` exist in V and in the sums.
+        unsafe {
+            if N <= 2 && stride - d >= 4 * LANES {
+                gather_blocks::<S, N, 4>(s, dtype, v, stride, weights, first, visible, sums, d);
+                d += 4 * LANES;
+            } else if stride - d >= 2 * LANES {
+                gather_blocks::<S, N, 2>(s, dtype, v, stride, weights, first, visible, sums, d);
+                d += 2 * LANES;
+            } else {
+                gather_blocks::<S, N, 1>(s, dtype, v, stride, weights, first, visible, sums, d);
+                d += LANES;
+            }
+        }
+    }
+}
+
+/// # Safety
+/// As `gather`, for `B` vectors of columns from `d`.
+#[allow(clippy::too_many_arguments)]
+#[inline(always)]
+unsafe fn gather_blocks<S: Simd, const N: usize, const B: usize>(
+    s: S,
+    dtype: crate::Dtype,
+    v: *const u8,
+    stride: usize,
+    weights: &Weights,
+    first: usize,
+    visible: (usize, usize),
+    sums: *mut f32,
+    d: usize,
+) {
+    let mut acc = [[s.splat(0.0); B]; N];
+    // SAFETY: the caller's promise.
+    unsafe {
+        for i in 0..N {
+            for b in 0..B {
+                acc[i][b] = s.load(sums.add(i * stride + d + b * LANES));
+            }
+        }
+        for slot in visible.0..visible.1 {
+            let row = v.add((slot * stride + d) * dtype.bytes());
+            for b in 0..B {
+                let value = s.load_as(dtype, row.add(b * LANES * dtype.bytes()));
+                for i in 0..N {
+                    let weight = s.splat(*weights.0[first + i].as_ptr().add(slot));
+                    acc[i][b] = s.fma(weight, value, acc[i][b]);
+                }
+            }
+        }
+        for i in 0..N {
+            for b in 0..B {
+                s.store(sums.add(i * stride + d + b * LANES), acc[i][b]);
+            }
+        }
+    }
+}

@@ -1,0 +1,292 @@
+//! The matrix product: one accumulator for each output element, walked over K in ascending order, whatever the number
+//! of rows and however the work was cut.
+//!
+//! A micro-kernel holds `MR` rows x `NR` blocks of sixteen outputs in registers over the whole of K. `MR` and `NR`
+//! change from call to call; what they cannot change is the order in which one element is summed.
+
+use std::ops::Range;
+
+use super::simd::{ROWS_MAX, Simd, TILE_BLOCKS};
+use crate::Dtype;
+use crate::matrix::LANES;
+
+/// Outputs of a tile.
+pub(crate) const TILE_COLS: usize = TILE_BLOCKS * LANES;
+/// How far ahead of a single row's product the weights are asked for: the processor's own prefetchers stop at pages.
+const PREFETCH_BYTES: usize = 2048;
+
+/// Where input rows lie.
+#[derive(Clone, Copy)]
+pub(crate) enum Source<'a> {
+    /// One after another.
+    Strided { bytes: &'a [u8], stride: usize },
+    /// Anywhere.
+    Gathered(&'a [&'a [u8]]),
+}
+
+impl Source<'_> {
+    #[inline(always)]
+    fn row(&self, index: usize) -> *const u8 {
+        match self {
+            Source::Strided { bytes, stride } => bytes[index * stride..].as_ptr(),
+            Source::Gathered(rows) => rows[index].as_ptr(),
+        }
+    }
+}
+
+/// Where output rows lie. Tasks that run at once write disjoint rows or columns.
+#[derive(Clone, Copy)]
+pub(crate) enum Places<'a> {
+    /// One after another, `stride` bytes apart.
+    Strided { start: *mut u8, stride: usize },
+    /// Anywhere.
+    Gathered(&'a [*mut u8]),
+}
+
+impl Places<'_> {
+    /// # Safety
+    /// `index` is one of the rows.
+    #[inline(always)]
+    unsafe fn row(&self, index: usize) -> *mut u8 {
+        match self {
+            // SAFETY: the caller's promise.
+            Places::Strided { start, stride } => unsafe { start.add(index * stride) },
+            Places::Gathered(rows) => rows[index],
+        }
+    }
+}
+
+/// What becomes of the sums.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Epilogue {
+    /// Stored as elements of this type.
+    Store(Dtype),
+    /// Blocks are gate and up in turn; `silu(gate) * up` is stored as elements of this type.
+    SwiGlu(Dtype),
+}
+
+/// A product, or the part of one that a task computes.
+#[derive(Clone)]
+pub(crate) struct Product<'a> {
+    /// Packed weights.
+    pub weights: &'a [u8],
+    /// Their element type, and the rows'.
+    pub dtype: Dtype,
+    pub k: usize,
+    pub block_bytes: usize,
+    /// Elements of an output row.
+    pub cols: usize,
+    pub x: Source<'a>,
+    pub out: Places<'a>,
+    pub epilogue: Epilogue,
+    /// The part: which rows, and which column blocks (from a multiple of [`TILE_BLOCKS`]).
+    pub rows: Range<usize>,
+    pub blocks: Range<usize>,
+}
+
+// SAFETY: the pointers of `out` are to buffers that the call which made the product holds `&mut` for as long as tasks
+// run, and tasks write disjoint parts of them.
+unsafe impl Send for Product<'_> {}
+// SAFETY: as above.
+unsafe impl Sync for Product<'_> {}
+
+#[repr(C, align(64))]
+struct Tile([[f32; TILE_COLS]; ROWS_MAX]);
+
+/// Computes a product's part.
+/// # Safety
+/// Rows of `x` hold `k` elements, places of `out` hold `cols`, `rows` and `blocks` exist, and nobody else touches that
+/// part of `out`.
+#[inline(always)]
+pub(crate) unsafe fn product<S: Simd>(s: S, p: &Product<'_>) {
+    let bf16 = p.dtype == Dtype::Bf16;
+    let rows_at_once = if bf16 { S::ROWS_BF16 } else { S::ROWS_F32 };
+    let mut tile = Tile([[0.0; TILE_COLS]; ROWS_MAX]);
+    let mut block = p.blocks.start;
+    while block < p.blocks.end {
+        let blocks = TILE_BLOCKS.min(p.blocks.end - block);
+        let weights = &p.weights[block * p.block_bytes..(block + blocks) * p.block_bytes];
+        let mut row = p.rows.start;
+        while row < p.rows.end {
+            let left = p.rows.end - row;
+            // As even as possible: 4 + 4 rows rather than 6 + 2.
+            let rows = left.div_ceil(left.div_ceil(rows_at_once));
+            let mut x = [p.x.row(row); ROWS_MAX];
+            for i in 1..rows {
+                x[i] = p.x.row(row + i);
+            }
+            let panel = Panel { weights: weights.as_ptr(), block_bytes: p.block_bytes, k: p.k };
+            // SAFETY: `rows` rows of k elements and `blocks` blocks of weights, as sliced and promised.
+            unsafe {
+                if bf16 {
+                    fill::<S, true>(s, rows, blocks, &x, panel, &mut tile);
+                } else {
+                    fill::<S, false>(s, rows, blocks, &x, panel, &mut tile);
+                }
+                for i in 0..rows {
+                    finish(s, p, block, blocks, &tile.0[i], p.out.row(row + i));
+                }
+            }
+            row += rows;
+        }
+        block += blocks;
+    }
+}
+
+/// Consecutive column blocks of weights.
+#[derive(Clone, Copy)]
+struct Panel {
+    weights: *const u8,
+    block_bytes: usize,
+    k: usize,
+}
+
+/// # Safety
+/// As `kernel`, for `rows` rows and `blocks` blocks.
+#[inline(always)]
+unsafe fn fill<S: Simd, const BF16: bool>(
+    s: S,
+    rows: usize,
+    blocks: usize,
+    x: &[*const u8; ROWS_MAX],
+    panel: Panel,
+    tile: &mut Tile,
+) {
+    // SAFETY: the caller's promise.
+    unsafe {
+        match rows {
+            1 => fill_rows::<S, BF16, 1>(s, blocks, x, panel, tile),
+            2 => fill_rows::<S, BF16, 2>(s, blocks, x, panel, tile),
+            3 => fill_rows::<S, BF16, 3>(s, blocks, x, panel, tile),
+            4 => fill_rows::<S, BF16, 4>(s, blocks, x, panel, tile),
+            5 => fill_rows::<S, BF16, 5>(s, blocks, x, panel, tile),
+            _ => fill_rows::<S, BF16, 6>(s, blocks, x, panel, tile),
+        }
+    }
+}
+
+/// # Safety
+/// As `kernel`, for `blocks` blocks.
+#[inline(always)]
+unsafe fn fill_rows<S: Simd, const BF16: bool, const MR: usize>(
+    s: S,
+    blocks: usize,
+    x: &[*const u8; ROWS_MAX],
+    panel: Panel,
+    tile: &mut Tile,
+) {
+    if MR > if BF16 { S::ROWS_BF16 } else { S::ROWS_F32 } {
+        return;
+    }
+    let wide = S::blocks(MR, BF16);
+    let mut first = 0;
+    while first < blocks {
+        let left = blocks - first;
+        // SAFETY: blocks `first..first + NR` exist, as does the rest by the caller's promise.
+        unsafe {
+            if wide == 4 && left >= 4 {
+                kernel::<S, BF16, MR, 4>(s, first, x, panel, tile);
+                first += 4;
+            } else if wide >= 2 && left >= 2 {
+                kernel::<S, BF16, MR, 2>(s, first, x, panel, tile);
+                first += 2;
+            } else {
+                kernel::<S, BF16, MR, 1>(s, first, x, panel, tile);
+                first += 1;
+            }
+        }
+    }
+}
+
+/// The micro-kernel.
+/// # Safety
+/// The first `MR` pointers of `x` are to rows of `k` elements, and blocks `first..first + NR` of the panel exist.
+#[inline(always)]
+unsafe fn kernel<S: Simd, const BF16: bool, const MR: usize, const NR: usize>(
+    s: S,
+    first: usize,
+    x: &[*const u8; ROWS_MAX],
+    panel: Panel,
+    tile: &mut Tile,
+) {
+    let mut sums = [[s.splat(0.0); NR]; MR];
+    // SAFETY: every weight read lies in blocks `first..first + NR`, every input in the first k elements of its row.
+    unsafe {
+        let w = panel.weights.add(first * panel.block_bytes);
+        let steps = if BF16 { panel.k / 2 } else { panel.k };
+        for step in 0..steps {
+            let at = w.add(step * LANES * 4);
+            if MR == 1 {
+                for j in 0..NR {
+                    s.prefetch(at.wrapping_add(j * panel.block_bytes + PREFETCH_BYTES));
+                }
+            }
+            if BF16 {
+                let mut weights = [s.load_pairs(at.cast()); NR];
+                for j in 1..NR {
+                    weights[j] = s.load_pairs(at.add(j * panel.block_bytes).cast());
+                }
+                for i in 0..MR {
+                    let pair = s.pair(x[i].cast::<u32>().add(step).read_unaligned());
+                    for j in 0..NR {
+                        sums[i][j] = s.dot(sums[i][j], pair, weights[j]);
+                    }
+                }
+            } else {
+                let mut weights = [s.load(at.cast()); NR];
+                for j in 1..NR {
+                    weights[j] = s.load(at.add(j * panel.block_bytes).cast());
+                }
+                for i in 0..MR {
+                    let value = s.splat(x[i].cast::<f32>().add(step).read_unaligned());
+                    for j in 0..NR {
+                        sums[i][j] = s.fma(value, weights[j], sums[i][j]);
+                    }
+                }
+            }
+        }
+        if BF16 && panel.k % 2 == 1 {
+            // The last input stands alone: its partner is a zero, as in the packed weights.
+            for i in 0..MR {
+                let pair = s.pair(u32::from(x[i].cast::<u16>().add(panel.k - 1).read_unaligned()));
+                for j in 0..NR {
+                    let weights = s.load_pairs(w.add(j * panel.block_bytes + steps * LANES * 4).cast());
+                    sums[i][j] = s.dot(sums[i][j], pair, weights);
+                }
+            }
+        }
+        for i in 0..MR {
+            for j in 0..NR {
+                s.store(tile.0[i].as_mut_ptr().add((first + j) * LANES), sums[i][j]);
+            }
+        }
+    }
+}
+
+/// Turns one row of sums into elements of its place.
+/// # Safety
+/// `place` holds the product's columns, of which nobody else touches this tile's.
+#[inline(always)]
+unsafe fn finish<S: Simd>(s: S, p: &Product<'_>, block: usize, blocks: usize, sums: &[f32; TILE_COLS], place: *mut u8) {
+    // SAFETY: `sums` is whole, and no more than the columns left are stored.
+    unsafe {
+        match p.epilogue {
+            Epilogue::Store(dtype) => {
+                for j in 0..blocks {
+                    let col = (block + j) * LANES;
+                    let sum = s.load(sums.as_ptr().add(j * LANES));
+                    s.store_as(dtype, place.add(col * dtype.bytes()), sum, LANES.min(p.cols - col));
+                }
+            }
+            Epilogue::SwiGlu(dtype) => {
+                for j in 0..blocks / 2 {
+                    let col = (block / 2 + j) * LANES;
+                    let gate = s.load(sums.as_ptr().add(2 * j * LANES));
+                    let up = s.load(sums.as_ptr().add((2 * j + 1) * LANES));
+                    let value = s.swiglu(gate, up);
+                    s.store_as(dtype, place.add(col * dtype.bytes()), value, LANES.min(p.cols - col));
+                }
+            }
+        }
+    }
+}

@@ -1,0 +1,126 @@
+//! Weights in a backend's own layout.
+
+use crate::memory::AlignedBuf;
+use crate::rows::{MatrixView, narrow_into, widen};
+use crate::{Dtype, KernelError};
+
+/// Output channels that lie across the lanes of one packed block.
+pub(crate) const LANES: usize = 16;
+
+/// How a matrix's elements lie.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Layout {
+    /// `[n][k]`, as in a checkpoint.
+    RowMajor,
+    /// f32: `[n / 16][k][16]`; bf16: `[n / 16][k / 2][16][2]`. `n` and `k` are padded with zeros.
+    Lanes,
+    /// As `Lanes`, with the blocks of two equal halves taken in turn: gate, up, gate, up.
+    LanesInTurn,
+}
+
+/// A weight matrix `[n, k]` (outputs x inputs) in a backend's own layout.
+#[derive(Debug)]
+pub struct Matrix {
+    pub(crate) n: usize,
+    pub(crate) k: usize,
+    pub(crate) dtype: Dtype,
+    pub(crate) layout: Layout,
+    pub(crate) data: AlignedBuf,
+}
+
+impl Matrix {
+    /// Outputs.
+    pub fn n(&self) -> usize {
+        self.n
+    }
+
+    /// Inputs.
+    pub fn k(&self) -> usize {
+        self.k
+    }
+
+    /// Memory held.
+    pub fn bytes(&self) -> usize {
+        self.data.len()
+    }
+
+    /// Bytes of one block of [`LANES`] outputs.
+    pub(crate) fn block_bytes(&self) -> usize {
+        block_bytes(self.dtype, self.k)
+    }
+
+    /// Blocks of [`LANES`] outputs.
+    pub(crate) fn blocks(&self) -> usize {
+        match self.layout {
+            Layout::RowMajor | Layout::Lanes => self.n.div_ceil(LANES),
+            Layout::LanesInTurn => 2 * (self.n / 2).div_ceil(LANES),
+        }
+    }
+
+    /// Row-major in `dtype`, `parts` stacked.
+    pub(crate) fn row_major(dtype: Dtype, parts: &[MatrixView<'_>]) -> Matrix {
+        let (n, k) = stacked_shape(parts);
+        let mut data = AlignedBuf::zeroed(n * k * dtype.bytes()).unwrap_or_else(|e| out_of_memory(&e));
+        let mut rest = data.as_mut_slice();
+        for part in parts {
+            let (here, after) = rest.split_at_mut(part.n * k * dtype.bytes());
+            narrow_into(dtype, &widen(part.dtype, part.bytes), here);
+            rest = after;
+        }
+        Matrix { n, k, dtype, layout: Layout::RowMajor, data }
+    }
+}
+
+/// A SwiGLU FFN (`down(silu(gate x) * (up x))`) in a backend's own layout.
+#[derive(Debug)]
+pub struct Ffn {
+    pub(crate) gate_up: Matrix,
+    pub(crate) down: Matrix,
+}
+
+impl Ffn {
+    /// Width of its input and output rows.
+    pub fn hidden(&self) -> usize {
+        self.gate_up.k
+    }
+
+    /// Width of its intermediate rows.
+    pub fn intermediate(&self) -> usize {
+        self.down.k
+    }
+
+    /// Memory held.
+    pub fn bytes(&self) -> usize {
+        self.gate_up.bytes() + self.down.bytes()
+    }
+}
+
+/// Bytes of one block of [`LANES`] outputs over `k` inputs.
+pub(crate) fn block_bytes(dtype: Dtype, k: usize) -> usize {
+    let padded = match dtype {
+        Dtype::F32 => k,
+        Dtype::Bf16 => k.next_multiple_of(2),
+    };
+    padded * LANES * dtype.bytes()
+}
+
+/// The shape of `parts` stacked along `n`.
+pub(crate) fn stacked_shape(parts: &[MatrixView<'_>]) -> (usize, usize) {
+    let k = parts.first().map_or(0, |part| part.k);
+    for part in parts {
+        assert_eq!(part.k, k, "matrices that are packed together need equal k");
+        assert_eq!(part.bytes.len(), part.n * part.k * part.dtype.bytes(), "matrix bytes contradict its shape");
+    }
+    (parts.iter().map(|part| part.n).sum(), k)
+}
+
+/// Checks an FFN's three shapes against each other.
+pub(crate) fn check_ffn(gate: &MatrixView<'_>, up: &MatrixView<'_>, down: &MatrixView<'_>) {
+    assert_eq!((gate.n, gate.k), (up.n, up.k), "gate and up differ in shape");
+    assert_eq!((down.n, down.k), (gate.k, gate.n), "down is not the transpose of gate in shape");
+}
+
+/// Weights have nowhere to go: as with any other failed allocation, the process cannot go on.
+pub(crate) fn out_of_memory(error: &KernelError) -> ! {
+    panic!("packing weights: {error}")
+}

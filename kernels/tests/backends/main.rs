@@ -1,0 +1,97 @@
+//! What every backend promises: it agrees with the reference, and a row's bits depend on that row alone.
+
+mod attention;
+mod ffn;
+mod linear;
+mod pointwise;
+
+use mesh_kernels::cpu::{Cpu, CpuOptions, Isa};
+use mesh_kernels::rows::{MatrixView, RowBuf};
+use mesh_kernels::{Compute, Dtype};
+
+pub(crate) const DTYPES: [Dtype; 2] = [Dtype::F32, Dtype::Bf16];
+
+/// A backend for every instruction set of this machine.
+pub(crate) fn backends(dtype: Dtype, threads: usize) -> Vec<Cpu> {
+    let options = |isa| CpuOptions { dtype, threads, isa: Some(isa) };
+    Isa::ALL.into_iter().filter(|isa| isa.is_available()).map(|isa| Cpu::new(options(isa)).unwrap()).collect()
+}
+
+/// Deterministic values in -1..1.
+pub(crate) struct Noise(u64);
+
+impl Noise {
+    pub(crate) fn new(seed: u64) -> Noise {
+        Noise(seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1)
+    }
+
+    pub(crate) fn next(&mut self) -> f32 {
+        self.0 ^= self.0 << 13;
+        self.0 ^= self.0 >> 7;
+        self.0 ^= self.0 << 17;
+        (self.0 >> 40) as f32 / (1u64 << 23) as f32 - 1.0
+    }
+
+    pub(crate) fn values(&mut self, count: usize) -> Vec<f32> {
+        (0..count).map(|_| self.next()).collect()
+    }
+}
+
+/// f32 values as a checkpoint's bytes, at an odd address.
+pub(crate) struct Stored {
+    bytes: Vec<u8>,
+    n: usize,
+    k: usize,
+}
+
+impl Stored {
+    pub(crate) fn new(n: usize, k: usize, values: &[f32]) -> Stored {
+        let mut bytes = vec![0u8];
+        bytes.extend(values.iter().flat_map(|value| value.to_le_bytes()));
+        Stored { bytes, n, k }
+    }
+
+    pub(crate) fn noise(n: usize, k: usize, seed: u64) -> Stored {
+        Stored::new(n, k, &Noise::new(seed).values(n * k))
+    }
+
+    pub(crate) fn view(&self) -> MatrixView<'_> {
+        MatrixView { dtype: Dtype::F32, n: self.n, k: self.k, bytes: &self.bytes[1..] }
+    }
+}
+
+/// Values rounded into rows.
+pub(crate) fn rows_of(compute: &dyn Compute, cols: usize, values: &[f32]) -> RowBuf {
+    let mut rows = RowBuf::new(compute.dtype(), values.len() / cols, cols).unwrap();
+    compute.narrow(values, rows.as_rows_mut());
+    rows
+}
+
+pub(crate) fn assert_close(what: &str, got: &[f32], want: &[f32], tolerance: f32) {
+    assert_eq!(got.len(), want.len(), "{what}");
+    for (i, (got, want)) in got.iter().zip(want).enumerate() {
+        let close = (got - want).abs() <= tolerance * (1.0 + want.abs());
+        assert!(close, "{what}: element {i} is {got}, not {want}");
+    }
+}
+
+pub(crate) fn assert_same_bits(what: &str, got: &[f32], want: &[f32]) {
+    assert_eq!(got.len(), want.len(), "{what}");
+    for (i, (got, want)) in got.iter().zip(want).enumerate() {
+        assert_eq!(got.to_bits(), want.to_bits(), "{what}: element {i} is {got}, not {want}");
+    }
+}
+
+#[test]
+fn an_instruction_set_that_the_machine_lacks_is_refused_by_name() {
+    for isa in Isa::ALL.into_iter().filter(|isa| !isa.is_available()) {
+        let error = Cpu::new(CpuOptions { dtype: Dtype::F32, threads: 1, isa: Some(isa) }).err().unwrap();
+        assert!(error.to_string().contains(isa.as_str()), "{error}");
+    }
+}
+
+#[test]
+fn a_backend_names_what_it_runs_on() {
+    let cpu = Cpu::new(CpuOptions { dtype: Dtype::Bf16, threads: 2, isa: Some(Isa::Portable) }).unwrap();
+    assert_eq!(cpu.name(), "cpu portable bf16 threads=2");
+}
