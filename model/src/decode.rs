@@ -1,5 +1,5 @@
-//! Ids back to text, piece by piece: only what no later token can change is given, so a character is never split and the
-//! pieces together are exactly the decoding of the whole.
+//! Ids back to text, piece by piece: only what no later token can change is given, so a character is never split and
+//! the pieces together are exactly the decoding of the whole.
 
 use std::sync::Arc;
 
@@ -204,7 +204,9 @@ mod tests {
         #![proptest_config(ProptestConfig::with_cases(500))]
 
         #[test]
-        fn bytes_in_any_pieces_decode_as_the_whole(bytes in proptest::collection::vec(any::<u8>(), 0..40), piece in 1usize..5) {
+        fn bytes_in_any_pieces_decode_as_the_whole(
+            bytes in proptest::collection::vec(any::<u8>(), 0..40), piece in 1usize..5
+        ) {
             let (mut pending, mut text) = (Vec::new(), String::new());
             for piece in bytes.chunks(piece) {
                 pending.extend_from_slice(piece);

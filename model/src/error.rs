@@ -78,7 +78,10 @@ pub enum ModelError {
         reason: String,
     },
     /// The directory holds no weights in a form that is read.
-    #[error("{} holds neither model.safetensors nor model.safetensors.index.json; convert the weights to safetensors", dir.display())]
+    #[error(
+        "{} holds neither model.safetensors nor model.safetensors.index.json; convert the weights to safetensors",
+        dir.display()
+    )]
     NoWeights {
         /// The directory.
         dir: PathBuf,
@@ -140,7 +143,10 @@ pub enum ModelError {
         found: Vec<usize>,
     },
     /// A tensor is stored in a type that is not read.
-    #[error("tensor {tensor} of {} is {found}, supported are BF16 and F32; convert the checkpoint to bf16", file.display())]
+    #[error(
+        "tensor {tensor} of {} is {found}, supported are BF16 and F32; convert the checkpoint to bf16",
+        file.display()
+    )]
     WrongDtype {
         /// The file.
         file: PathBuf,

@@ -1,4 +1,5 @@
-//! The head of a safetensors file, bounded and checked: every tensor lies in the file, none overlaps, nothing is between.
+//! The head of a safetensors file, bounded and checked: every tensor lies in the file, none overlaps, and nothing is
+//! between.
 
 use std::collections::HashMap;
 use std::collections::hash_map::Entry as Slot;
@@ -100,7 +101,8 @@ impl Header {
     }
 }
 
-/// Bits of an element by the type's name in the format; sub-byte types are known so that they are refused by name later.
+/// Bits of an element by the type's name in the format. All types are known here, so that those that are not read are
+/// refused later by tensor and type.
 fn bits(dtype: &str) -> Option<u64> {
     Some(match dtype {
         "F4" => 4,
@@ -270,7 +272,9 @@ mod tests {
 
         /// A real head with some of its bytes replaced: whatever still parses lies in the file.
         #[test]
-        fn what_parses_lies_in_the_file(hits in proptest::collection::vec((any::<proptest::sample::Index>(), any::<u8>()), 1..4)) {
+        fn what_parses_lies_in_the_file(
+            hits in proptest::collection::vec((any::<proptest::sample::Index>(), any::<u8>()), 1..4)
+        ) {
             let mut bytes = file(TWO, 14);
             for (at, byte) in hits {
                 let at = at.index(bytes.len());

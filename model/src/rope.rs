@@ -162,6 +162,8 @@ fn scaling(keys: &Keys<'_>, max_position: usize) -> Result<RopeScaling, ModelErr
     }
     let kind = match (keys.text("rope_type")?, keys.text("type")?) {
         (Some(kind), _) | (None, Some(kind)) => kind,
+        // As in transformers; but a factor without a kind is half of something.
+        (None, None) if keys.get("factor").is_none() => "default",
         (None, None) => return Err(keys.missing("rope_type")),
     };
     match kind {

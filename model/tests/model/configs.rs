@@ -40,6 +40,8 @@ fn scaling_is_the_same_in_either_style_and_under_either_name() {
     assert_eq!(published, parse(&config_with(json!({"rope_scaling": typed}))).unwrap());
     let five = json!({"rope_parameters": five, "rope_theta": "(absent)", "rope_scaling": "(absent)"});
     assert_eq!(published, parse(&config_with(five)).unwrap());
+    let bare = json!({"rope_parameters": {"rope_theta": 10000.0}, "rope_theta": "(absent)"});
+    assert_eq!(parse(&config()).unwrap(), parse(&config_with(bare)).unwrap());
 }
 
 #[test]
@@ -203,7 +205,8 @@ proptest! {
         changes in proptest::collection::vec((any::<proptest::sample::Index>(), any_value()), 1..4)
     ) {
         let mut config = config();
-        let keys: Vec<String> = config.as_object().unwrap().keys().cloned().chain(["rope_parameters".to_owned()]).collect();
+        let mut keys: Vec<String> = config.as_object().unwrap().keys().cloned().collect();
+        keys.push("rope_parameters".to_owned());
         for (key, value) in changes {
             config[key.get(&keys).as_str()] = value;
         }

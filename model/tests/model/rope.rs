@@ -2,9 +2,9 @@
 
 use mesh_model::{RopeConfig, RopeScaling};
 
-fn close(found: &[f32], expected: &[f32]) {
+fn close(found: &[f32], expected: &[f64]) {
     assert_eq!(found.len(), expected.len());
-    for (found, expected) in found.iter().zip(expected) {
+    for (found, expected) in found.iter().map(|f| f64::from(*f)).zip(expected) {
         assert!((found - expected).abs() <= 1e-6 * expected.abs(), "{found} is not {expected}");
     }
 }
@@ -34,52 +34,52 @@ fn yarn_keeps_what_turns_fast_and_divides_what_turns_slowly() {
     let fixture = yarn(1e6, 4.0, 32, true);
     let expected = [
         1.0,
-        2.63560315e-1,
-        4.44569853e-2,
-        1.87473552e-2,
-        7.90569415e-3,
-        3.33380358e-3,
-        1.40585331e-3,
-        5.92843426e-4,
+        2.635_603_15e-1,
+        4.445_698_53e-2,
+        1.874_735_52e-2,
+        7.905_694_15e-3,
+        3.333_803_58e-3,
+        1.405_853_31e-3,
+        5.928_434_26e-4,
         2.5e-4,
-        1.05424126e-4,
-        4.44569853e-5,
-        1.87473552e-5,
-        7.90569415e-6,
-        3.33380358e-6,
-        1.40585331e-6,
-        5.92843426e-7,
+        1.054_241_26e-4,
+        4.445_698_53e-5,
+        1.874_735_52e-5,
+        7.905_694_15e-6,
+        3.333_803_58e-6,
+        1.405_853_31e-6,
+        5.928_434_26e-7,
     ];
     close(&fixture.inv_freq(32), &expected);
     assert!((fixture.attention_factor() - 1.138_629_4).abs() < 1e-6);
 
     let real = yarn(1e6, 4.0, 32768, true).inv_freq(128);
     let expected = [
-        1.33352143e-2,
-        8.65964323e-3,
-        5.37532149e-3,
-        3.16842257e-3,
-        1.84827656e-3,
-        1.06436098e-3,
-        6.02941176e-4,
-        3.34240546e-4,
-        1.79841156e-4,
-        9.26230170e-5,
-        4.44569853e-5,
-        2.88695496e-5,
+        1.333_521_43e-2,
+        8.659_643_23e-3,
+        5.375_321_49e-3,
+        3.168_422_57e-3,
+        1.848_276_56e-3,
+        1.064_360_98e-3,
+        6.029_411_76e-4,
+        3.342_405_46e-4,
+        1.798_411_56e-4,
+        9.262_301_70e-5,
+        4.445_698_53e-5,
+        2.886_954_96e-5,
     ];
     close(&some(&real, 20, 44), &expected);
 
     let unrounded = yarn(150_000.0, 32.0, 4096, false).inv_freq(64);
     let expected = [
-        1.07024421e-1,
-        5.08132748e-2,
-        1.93350011e-2,
-        6.79495949e-3,
-        2.09379238e-3,
-        4.56483919e-4,
-        3.83088124e-5,
-        1.81883367e-5,
+        1.070_244_21e-1,
+        5.081_327_48e-2,
+        1.933_500_11e-2,
+        6.794_959_49e-3,
+        2.093_792_38e-3,
+        4.564_839_19e-4,
+        3.830_881_24e-5,
+        1.818_833_67e-5,
     ];
     close(&some(&unrounded, 6, 22), &expected);
 }
@@ -90,16 +90,16 @@ fn llama3_is_smooth_between_its_two_wavelengths() {
         RopeScaling::Llama3 { factor: 8.0, low_freq_factor: 1.0, high_freq_factor: 4.0, original_max_position: 8192 };
     let frequencies = RopeConfig { theta: 500_000.0, scaling }.inv_freq(128);
     let expected = [
-        7.29266474e-3,
-        4.83942135e-3,
-        3.21144599e-3,
-        1.37189357e-3,
-        5.24846161e-4,
-        1.78507813e-4,
-        7.78465527e-5,
-        5.16590687e-5,
-        3.42810220e-5,
-        2.27489286e-5,
+        7.292_664_74e-3,
+        4.839_421_35e-3,
+        3.211_445_99e-3,
+        1.371_893_57e-3,
+        5.248_461_61e-4,
+        1.785_078_13e-4,
+        7.784_655_27e-5,
+        5.165_906_87e-5,
+        3.428_102_20e-5,
+        2.274_892_86e-5,
     ];
     close(&some(&frequencies, 24, 44), &expected);
 }
