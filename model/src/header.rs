@@ -201,7 +201,8 @@ mod tests {
     }
 
     const TWO: &str = r#"{"__metadata__":{"format":"pt"},
-        "b":{"dtype":"F32","shape":[2],"data_offsets":[6,14]},"a":{"dtype":"BF16","shape":[3,1],"data_offsets":[0,6]}}"#;
+        "b":{"dtype":"F32","shape":[2],"data_offsets":[6,14]},
+        "a":{"dtype":"BF16","shape":[3,1],"data_offsets":[0,6]}}"#;
 
     #[test]
     fn tensors_lie_where_the_header_says() {
