@@ -7,7 +7,7 @@ use std::time::Duration;
 use clap::{Args, Parser, Subcommand, ValueEnum};
 
 /// Where a mesh listens when nobody says otherwise.
-pub const GRPC_ADDR_DEFAULT: &str = "127.0.0.1:7700";
+pub const GRPC_ADDR_DEFAULT: &str = "127.0.0.1:50051";
 
 /// The command line of Expert Mesh.
 #[derive(Debug, Parser)]

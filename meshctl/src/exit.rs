@@ -176,7 +176,7 @@ impl CliError {
     /// What the user can do about it.
     pub fn remedy(&self) -> Option<&'static str> {
         Some(match self {
-            CliError::BadAddress { .. } => "give host:port, as `meshctl up` printed it, for example 127.0.0.1:7700",
+            CliError::BadAddress { .. } => "give host:port, as `meshctl up` printed it, for example 127.0.0.1:50051",
             CliError::NoMesh { .. } => "start one with `meshctl up --model DIR`, or name its address with --grpc",
             CliError::NoBinary { .. } => {
                 "build the services (`cargo build --release --bins`) or name their folder with --bin-dir"

@@ -388,9 +388,9 @@ mod tests {
     #[test]
     fn the_ready_line_has_the_promised_form() {
         let node = NodeLine { role: "expert".into(), id: "expert-0".into(), pid: 7, addr: "tcp://127.0.0.1:1".into() };
-        let line = ReadyLine { ready: true, grpc: "127.0.0.1:7700".into(), nodes: vec![node] };
+        let line = ReadyLine { ready: true, grpc: "127.0.0.1:50051".into(), nodes: vec![node] };
         let json = serde_json::to_string(&line).unwrap();
-        let expected = r#"{"ready":true,"grpc":"127.0.0.1:7700","nodes":[{"role":"expert","id":"expert-0","pid":7,"addr":"tcp://127.0.0.1:1"}]}"#;
+        let expected = r#"{"ready":true,"grpc":"127.0.0.1:50051","nodes":[{"role":"expert","id":"expert-0","pid":7,"addr":"tcp://127.0.0.1:1"}]}"#;
         assert_eq!(json, expected);
     }
 

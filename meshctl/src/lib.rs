@@ -1,7 +1,7 @@
 //! The command line of the mesh: starts one, talks to one, explains one.
 //!
 //! # Layout
-//! - [`cli`]: flags
+//! - [`cli`]: the flags of every command
 //! - [`exit`]: exit codes, and the errors that they stand for
 //! - [`os`]: the few system calls that the standard library does not offer: a child's death signal, kill
 //! - [`process`]: one child process: its ready line, its last log lines, its end

@@ -204,8 +204,8 @@ async fn read_lines(stream: impl AsyncRead + Unpin, sink: Lines) {
 async fn each_line(stream: impl AsyncRead + Unpin, mut each: impl FnMut(&str)) {
     let mut reader = BufReader::new(stream);
     let mut line = Vec::new();
-    loop {
-        let Ok(chunk) = reader.fill_buf().await else { break };
+    // A pipe that cannot be read has ended as well.
+    while let Ok(chunk) = reader.fill_buf().await {
         if chunk.is_empty() {
             break;
         }
