@@ -4,6 +4,7 @@ use std::time::Duration;
 
 use mesh_core::routing::RoutingError;
 use mesh_core::{LayerId, NodeId, Slot, ViewId};
+use mesh_kernels::KernelError;
 use mesh_model::ModelError;
 use mesh_transport::TransportError;
 use mesh_transport::frame::AbortReason;
@@ -77,6 +78,9 @@ pub enum RunError {
     /// The model's tensors could not be read.
     #[error(transparent)]
     Model(#[from] ModelError),
+    /// A buffer or the KV cache could not be had.
+    #[error(transparent)]
+    Kernel(#[from] KernelError),
     /// A broken promise of our own code.
     #[error("defect: {0}")]
     Internal(String),

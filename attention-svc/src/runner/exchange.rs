@@ -249,9 +249,11 @@ impl Exchange {
         };
         let peer = self.peer(view, destination.slot)?;
         let (channel, slot, node) = (peer.channel, destination.slot, peer.member.node);
-        self.transport
-            .send(channel, &header, body)
-            .map_err(|e| RunError::NodeLost { slot, node, what: e.to_string() })?;
+        self.transport.send(channel, &header, body).map_err(|e| RunError::NodeLost {
+            slot,
+            node,
+            what: e.to_string(),
+        })?;
         self.counters.sent(row_count, pairs, row_count * to.row_bytes);
         Ok(())
     }

@@ -33,22 +33,22 @@ pub(super) struct MicroBatch {
 }
 
 impl MicroBatch {
-    pub fn new(compute: &dyn Compute, config: &ModelConfig) -> Self {
+    pub fn new(compute: &dyn Compute, config: &ModelConfig) -> Result<Self, RunError> {
         let dtype = compute.dtype();
-        Self {
+        Ok(Self {
             rows: 0..0,
             residual: Vec::new(),
             positions: Vec::new(),
-            normed: RowBuf::new(dtype, config.hidden),
+            normed: RowBuf::new(dtype, 0, config.hidden)?,
             qkv: Vec::new(),
-            mixed: RowBuf::new(dtype, config.heads * config.head_dim),
+            mixed: RowBuf::new(dtype, 0, config.heads * config.head_dim)?,
             out: Vec::new(),
-            ffn_out: RowBuf::new(dtype, config.hidden),
+            ffn_out: RowBuf::new(dtype, 0, config.hidden)?,
             logits: Vec::new(),
             routing: Routing::default(),
             plan: DispatchPlan::default(),
             in_flight: None,
-        }
+        })
     }
 
     /// Takes `rows` of a step: their embeddings are the residual stream.
@@ -61,6 +61,9 @@ impl MicroBatch {
         }
         self.positions.clear();
         self.positions.extend(step.rows[rows.clone()].iter().map(|r| r.position));
+        self.normed.resize(rows.len(), hidden)?;
+        self.mixed.resize(rows.len(), self.mixed.cols())?;
+        self.ffn_out.resize(rows.len(), hidden)?;
         self.rows = rows;
         Ok(())
     }
@@ -73,7 +76,6 @@ impl MicroBatch {
         let stride = q + 2 * kv_width;
         let rows = &step.rows[self.rows.clone()];
 
-        self.normed.resize(rows.len());
         compute.rms_norm(&self.residual, &weights.input_norm, config.rms_eps, self.normed.as_rows_mut());
         self.qkv.resize(rows.len() * stride, 0.0);
         compute.linear(&weights.qkv, self.normed.as_rows(), &mut self.qkv);
@@ -91,7 +93,6 @@ impl MicroBatch {
             .collect();
         let scale = 1.0 / (config.head_dim as f32).sqrt();
         let shape = AttentionShape { heads: config.heads, scale, window: config.sliding_window };
-        self.mixed.resize(rows.len());
         compute.attention(kv, layer, &self.qkv, stride, &queries, shape, self.mixed.as_rows_mut());
 
         self.out.resize(rows.len() * config.hidden, 0.0);
@@ -105,14 +106,13 @@ impl MicroBatch {
 
     /// A dense layer's feed-forward network, into the residual stream.
     pub fn dense(&mut self, compute: &dyn Compute, ffn: &Ffn) {
-        self.ffn_out.resize(self.rows.len());
-        let row_bytes = self.normed.row_bytes();
+        let row_bytes = self.normed.cols() * self.normed.dtype().bytes();
         let x = self.normed.as_rows().bytes.chunks_exact(row_bytes).collect();
         let out = self.ffn_out.as_rows_mut().bytes.chunks_exact_mut(row_bytes).collect();
         compute.ffn(&mut [FfnGroup { weights: ffn, x, out }]);
         let terms: Vec<Term<'_>> =
             self.ffn_out.as_rows().bytes.chunks_exact(row_bytes).map(|row| Term { weight: 1.0, row }).collect();
-        compute.combine(&mut self.residual, self.ffn_out.as_rows().cols, 1, &terms);
+        compute.combine(&mut self.residual, self.ffn_out.cols(), 1, &terms);
     }
 
     /// Chooses experts and sends the rows to the nodes that hold them.

@@ -7,6 +7,8 @@ mod counters;
 mod error;
 mod exchange;
 mod forward;
+#[cfg(test)]
+mod tests;
 mod weights;
 
 pub use counters::{RunnerCounters, RunnerReading};
@@ -126,9 +128,10 @@ impl Runner {
             connect_max: options.connect_max,
             body_bytes_max: options.body_bytes_max,
         };
+        let batches = (0..options.micro_batches).map(|_| MicroBatch::new(compute.as_ref(), config));
         Ok(Self {
             kv: compute.kv_cache(shape),
-            batches: (0..options.micro_batches).map(|_| MicroBatch::new(compute.as_ref(), config)).collect(),
+            batches: batches.collect::<Result<_, _>>()?,
             exchange: Exchange::new(transport, options.slot, limits, counters.clone()),
             trunk,
             compute,
@@ -190,7 +193,7 @@ impl Runner {
         for batch in &mut *batches {
             batch.combine(compute, hidden, exchange)?;
         }
-        output.logits = head(compute, trunk, step, batches);
+        output.logits = head(compute, trunk, step, batches)?;
         Ok(output)
     }
 
@@ -251,12 +254,7 @@ impl Runner {
 }
 
 /// Cuts a step into micro-batches of nearly equal size; returns how many there are.
-fn cut(
-    batches: &mut [MicroBatch],
-    options: &RunnerOptions,
-    trunk: &Trunk,
-    step: &Step<'_>,
-) -> Result<usize, RunError> {
+fn cut(batches: &mut [MicroBatch], options: &RunnerOptions, trunk: &Trunk, step: &Step<'_>) -> Result<usize, RunError> {
     let rows = step.rows.len();
     let used = (rows / options.micro_batch_rows_min.max(1)).clamp(1, batches.len());
     for (i, batch) in batches[..used].iter_mut().enumerate() {
@@ -266,7 +264,7 @@ fn cut(
 }
 
 /// Final norm and output head of the rows whose logits are wanted.
-fn head(compute: &dyn Compute, trunk: &Trunk, step: &Step<'_>, batches: &[MicroBatch]) -> Vec<f32> {
+fn head(compute: &dyn Compute, trunk: &Trunk, step: &Step<'_>, batches: &[MicroBatch]) -> Result<Vec<f32>, RunError> {
     let config = trunk.config();
     let mut wanted: Vec<f32> = Vec::new();
     for batch in batches {
@@ -274,10 +272,9 @@ fn head(compute: &dyn Compute, trunk: &Trunk, step: &Step<'_>, batches: &[MicroB
         rows.filter(|(row, _)| row.logits).for_each(|(_, residual)| wanted.extend_from_slice(residual));
     }
     let rows = wanted.len() / config.hidden;
-    let mut normed = RowBuf::new(compute.dtype(), config.hidden);
-    normed.resize(rows);
+    let mut normed = RowBuf::new(compute.dtype(), rows, config.hidden)?;
     compute.rms_norm(&wanted, &trunk.final_norm, config.rms_eps, normed.as_rows_mut());
     let mut logits = vec![0.0; rows * config.vocab];
     compute.linear(&trunk.head, normed.as_rows(), &mut logits);
-    logits
+    Ok(logits)
 }

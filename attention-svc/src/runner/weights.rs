@@ -105,7 +105,7 @@ fn load_layer(
             let ffn = compute.pack_ffn(matrix(gate), matrix(up), matrix(down));
             for tensor in [gate, up, down] {
                 progress(tensor.bytes.len() as u64);
-                checkpoint.release(&tensor);
+                checkpoint.release(tensor);
             }
             Mlp::Dense(ffn)
         }
@@ -138,7 +138,7 @@ fn pack(
     let packed = compute.pack(&parts);
     for tensor in tensors {
         progress(tensor.bytes.len() as u64);
-        checkpoint.release(tensor);
+        checkpoint.release(*tensor);
     }
     packed
 }
