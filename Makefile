@@ -5,8 +5,6 @@
 .PHONY: help demo test lint bench binaries
 
 CARGO ?= cargo
-# Packages whose binaries make a mesh.
-SERVICES := -p router-svc -p attention-svc -p expert-svc -p local-mesh -p meshctl
 # Tests that start meshes of several processes are patient, but not without bound: few at once.
 TEST_THREADS ?= 2
 
@@ -14,7 +12,7 @@ help: ## Show this list
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
 
 binaries:
-	$(CARGO) build --release $(SERVICES) --bins
+	$(CARGO) build --release --workspace --bins
 
 demo: binaries ## Start a mesh of seven processes on the shipped tiny model, stream a completion, measure it, stop it
 	target/release/meshctl demo

@@ -4,6 +4,11 @@
 set -euo pipefail
 
 has_ucx() { ldconfig -p 2>/dev/null | grep -q 'libucp\.so\.0'; }
+install() {
+  export DEBIAN_FRONTEND=noninteractive
+  local flags=(install -y --no-install-recommends libucx0)
+  apt-get "${flags[@]}" || { apt-get update && apt-get "${flags[@]}"; }
+}
 say() { printf 'test set-up: %s\n' "$1"; }
 
 if has_ucx; then
@@ -14,11 +19,12 @@ elif [ "$(id -u)" -ne 0 ]; then
   say "UCX is missing and only root may install: run 'sudo apt-get install libucx0' for the UCX cases; without it they are reported as not run"
 else
   say "installing libucx0 with apt-get"
-  if { apt-get install -y --no-install-recommends libucx0 || { apt-get update && apt-get install -y --no-install-recommends libucx0; }; } >/tmp/setup-test-deps.$$.log 2>&1; then
+  log=$(mktemp)
+  trap 'rm -f "$log"' EXIT
+  if install >"$log" 2>&1; then
     say "libucx0 is installed: the UCX cases will run"
   else
-    tail -n 5 "/tmp/setup-test-deps.$$.log" | sed 's/^/test set-up:   /'
+    tail -n 5 "$log" | sed 's/^/test set-up:   /'
     say "libucx0 could not be installed (above): the UCX cases are reported as not run"
   fi
-  rm -f "/tmp/setup-test-deps.$$.log"
 fi

@@ -9,15 +9,21 @@ cargo build --release --workspace --bins
 log=$(mktemp)
 trap 'rm -f "$log"' EXIT
 # Tests print what they cannot run as lines that begin with "NOT RUN:"; --nocapture lets them through.
-cargo test --release --workspace -- --test-threads "$threads" --nocapture 2>&1 | tee "$log"
+status=0
+cargo test --release --workspace -- --test-threads "$threads" --nocapture 2>&1 | tee "$log" || status=$?
 
 printf '\n== summary ==\n'
-grep -hE '^test result' "$log" |
+grep -hoE 'test result: .*' "$log" |
   awk '{ passed += $4; failed += $6; ignored += $8 } END { printf "%d tests passed, %d failed, %d ignored\n", passed, failed, ignored }'
-if grep -q '^UCX:' "$log"; then grep -h '^UCX:' "$log" | sort -u; else echo "UCX: no case reported itself"; fi
-if grep -q 'NOT RUN:' "$log"; then
+if grep -q 'UCX: ' "$log"; then
+  grep -hoE 'UCX: .*' "$log" | sort -u
+else
+  echo 'UCX: no case says that it ran'
+fi
+if grep -q 'NOT RUN: ' "$log"; then
   echo 'not run here:'
-  grep -hoE 'NOT RUN:.*' "$log" | sort -u | sed 's/^/  /'
+  grep -hoE 'NOT RUN: .*' "$log" | sort -u | sed 's/^/  /'
 else
   echo 'every case ran'
 fi
+exit "$status"

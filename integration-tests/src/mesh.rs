@@ -319,7 +319,7 @@ pub async fn ucx_missing(cases: &str) -> Option<String> {
     let output = soon("meshctl doctor", output).await.expect("meshctl doctor runs");
     let report: Value = serde_json::from_slice(&output.stdout).expect("doctor prints JSON");
     if report["ucx"]["usable"] == true {
-        eprintln!("UCX: {cases} run on {}", report["ucx"]["found"]);
+        eprintln!("UCX: {cases}: ran on {}", report["ucx"]["found"]);
         return None;
     }
     let why = report["ucx"]["why_not"].as_str().unwrap_or("unknown").to_owned();
