@@ -73,6 +73,8 @@ pub struct RouterConfig {
     pub requests_max: usize,
     /// How long a request waits for a mesh that does not serve (yet).
     pub wait_for_view_max: Duration,
+    /// How long a client may take nothing of an answer that waits for it.
+    pub stall_max: Duration,
     /// How long connecting to an attention node may take.
     pub connect_max: Duration,
     /// How long open calls may take to end when the router stops.
@@ -96,6 +98,7 @@ impl Default for RouterConfig {
             prepare_failures_max: 3,
             requests_max: 1024,
             wait_for_view_max: Duration::from_secs(3),
+            stall_max: Duration::from_secs(60),
             connect_max: Duration::from_secs(5),
             drain_max: Duration::from_secs(5),
         }

@@ -53,6 +53,7 @@ pub struct FrontDoor {
     requests: Arc<Requests>,
     requests_max: usize,
     wait_for_view_max: Duration,
+    stall_max: Duration,
 }
 
 impl FrontDoor {
@@ -65,6 +66,7 @@ impl FrontDoor {
             requests: Arc::default(),
             requests_max: config.requests_max,
             wait_for_view_max: config.wait_for_view_max,
+            stall_max: config.stall_max,
         }
     }
 
@@ -103,7 +105,7 @@ impl FrontDoor {
         let upstream = self.plane.choose(blocks)?;
         tracing::debug!(request = id, node = upstream.label, "request routed");
         let ends = Ends::of(&upstream, stopping, deadline);
-        relay::open(upstream, request, ends, admitted).await
+        relay::open(upstream, request, ends, admitted, self.stall_max).await
     }
 }
 

@@ -322,6 +322,7 @@ fn same(wanted: &Token, found: &[u8]) -> bool {
 }
 
 #[cfg(test)]
+#[allow(missing_docs)]
 pub mod tests {
     use super::*;
 

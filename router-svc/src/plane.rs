@@ -25,6 +25,12 @@ pub const SESSION_QUEUE: usize = 16;
 /// How long a channel to an attention node may be idle before it is asked for a sign of life, and how long that may take.
 const KEEPALIVE: Duration = Duration::from_secs(10);
 
+/// Bytes of one request that may be under way from its attention node. All requests share a connection, whose own window
+/// has room for that much of each: a client that does not read holds up nobody else.
+const STREAM_WINDOW: u32 = 256 << 10;
+/// The largest window of a connection.
+const CONNECTION_WINDOW_MAX: u32 = 1 << 30;
+
 /// What a session sends to its node.
 pub type Outbound = mpsc::Sender<Result<v1::RouterMessage, Status>>;
 
@@ -64,6 +70,7 @@ pub struct Plane {
     serving: watch::Sender<bool>,
     secret: [u8; 32],
     connect_max: Duration,
+    connection_window: u32,
     /// How often nodes send heartbeats, and how long they are trusted without.
     pace: (Duration, Duration),
 }
@@ -87,6 +94,8 @@ impl Plane {
             serving: watch::Sender::new(false),
             secret,
             connect_max: config.connect_max,
+            // One more than there are requests, for what is not theirs.
+            connection_window: STREAM_WINDOW.saturating_mul(config.requests_max as u32 + 1).min(CONNECTION_WINDOW_MAX),
             pace: (config.heartbeat, config.lease),
         })
     }
@@ -140,6 +149,8 @@ impl Plane {
         Ok(endpoint
             .connect_timeout(self.connect_max)
             .tcp_nodelay(true)
+            .initial_stream_window_size(STREAM_WINDOW)
+            .initial_connection_window_size(self.connection_window)
             .http2_keep_alive_interval(KEEPALIVE)
             .keep_alive_timeout(KEEPALIVE))
     }

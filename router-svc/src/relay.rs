@@ -1,21 +1,25 @@
 //! One request's stream from its attention node to its client, with every way that it can end.
 //!
-//! There is no task and no queue: the client's pull pulls from the attention node, and when the client goes, the call to
-//! the attention node goes with it.
+//! A task per request pulls from the attention node as the client takes. When the client goes, the task goes, and the call
+//! to the attention node with it; a deadline is kept even while the client does not read.
 
 use std::future::Future;
 use std::pin::Pin;
 use std::task::{Context, Poll};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use mesh_proto::v1::generate_response::Event;
 use mesh_proto::{Code, MeshError, v1};
-use tokio_stream::Stream;
+use tokio::sync::mpsc;
+use tokio_stream::wrappers::ReceiverStream;
 use tokio_util::sync::CancellationToken;
 use tonic::{Code as GrpcCode, Status, Streaming};
 
 use crate::front::Admitted;
 use crate::plane::Upstream;
+
+/// Messages of one request that wait for its client. They may be large, and the attention node has a queue of its own.
+const RELAY_QUEUE: usize = 1;
 
 /// What ends a request from outside: completes with the error to tell.
 pub struct Ends(Pin<Box<dyn Future<Output = MeshError> + Send>>);
@@ -84,7 +88,11 @@ fn told(node: &str, status: &Status) -> MeshError {
     }
 }
 
-/// Opens the request at its attention node.
+/// What the client of a request reads.
+pub type Relay = ReceiverStream<Result<v1::GenerateResponse, Status>>;
+
+/// Opens the request at its attention node and starts to relay it. A client that takes nothing for `stall_max` is given
+/// up.
 ///
 /// # Errors
 /// The attention node's own, [`Code::NodeLost`], or what `ends` says.
@@ -93,6 +101,7 @@ pub async fn open(
     request: v1::GenerateRequest,
     mut ends: Ends,
     admitted: Admitted,
+    stall_max: Duration,
 ) -> Result<Relay, MeshError> {
     let opened = tokio::select! {
         biased;
@@ -100,55 +109,75 @@ pub async fn open(
         opened = upstream.client.generate(request) => opened,
     };
     let stream = opened.map_err(|status| told(&upstream.label, &status))?.into_inner();
-    Ok(Relay { node: upstream.label, stream: Some(stream), ends, finished: false, _admitted: admitted })
+    let (out, relayed) = mpsc::channel(RELAY_QUEUE);
+    let relaying = Relaying { node: upstream.label, stream, ends, out, stall_max };
+    tokio::spawn(relaying.run(admitted));
+    Ok(ReceiverStream::new(relayed))
 }
 
-/// A request's stream. Dropping it cancels the call to the attention node and gives its place back.
-pub struct Relay {
+/// How relaying went on.
+enum Next {
+    /// There may be more.
+    More,
+    /// The client has all that it is owed, or is gone.
+    Done,
+}
+
+struct Relaying {
     node: String,
-    /// Gone once the stream has ended, whichever way.
-    stream: Option<Streaming<v1::GenerateResponse>>,
+    stream: Streaming<v1::GenerateResponse>,
     ends: Ends,
-    finished: bool,
-    _admitted: Admitted,
+    out: mpsc::Sender<Result<v1::GenerateResponse, Status>>,
+    stall_max: Duration,
 }
 
-impl Relay {
-    fn end(&mut self, error: MeshError) -> Poll<Option<Result<v1::GenerateResponse, Status>>> {
-        self.stream = None;
-        if self.finished {
+impl Relaying {
+    async fn run(mut self, admitted: Admitted) {
+        let mut finished = false;
+        let ended = loop {
+            match self.next(&mut finished).await {
+                Ok(Next::More) => {}
+                Ok(Next::Done) => return,
+                Err(error) => break error,
+            }
+        };
+        let Self { node, stream, out, stall_max, .. } = self;
+        // What the request holds is freed before its client is told.
+        drop((stream, admitted));
+        if finished {
             // The client has everything; how the attention node's stream ends after it concerns nobody.
-            return Poll::Ready(None);
+            return;
         }
-        tracing::debug!(node = self.node, %error, "request ended");
-        Poll::Ready(Some(Err(error.into())))
+        tracing::debug!(node, error = %ended, "request ended");
+        // A client that does not read this either sees the stream's end.
+        let _unread = tokio::time::timeout(stall_max, out.send(Err(ended.into()))).await;
     }
-}
 
-impl Stream for Relay {
-    type Item = Result<v1::GenerateResponse, Status>;
-
-    fn poll_next(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Self::Item>> {
-        let this = &mut *self;
-        let Some(stream) = &mut this.stream else { return Poll::Ready(None) };
-        // Ends first: a stream that always has something must not outlive its deadline.
-        if let Poll::Ready(error) = Pin::new(&mut this.ends).poll(cx) {
-            return this.end(error);
-        }
-        match std::task::ready!(Pin::new(stream).poll_next(cx)) {
-            Some(Ok(message)) => {
-                this.finished |= matches!(message.event, Some(Event::Finished(_)));
-                Poll::Ready(Some(Ok(message)))
-            }
-            Some(Err(status)) => {
-                let error = told(&this.node, &status);
-                this.end(error)
-            }
-            None => {
-                let error = node_lost(&this.node, "it ended its stream early");
-                this.end(error)
+    async fn next(&mut self, finished: &mut bool) -> Result<Next, MeshError> {
+        let message = tokio::select! {
+            biased;
+            () = self.out.closed() => return Ok(Next::Done),
+            error = &mut self.ends => return Err(error),
+            message = self.stream.message() => message,
+        };
+        let message = match message.map_err(|status| told(&self.node, &status))? {
+            Some(message) => message,
+            None if *finished => return Ok(Next::Done),
+            None => return Err(node_lost(&self.node, "it ended its stream early")),
+        };
+        let is_last = matches!(message.event, Some(Event::Finished(_)));
+        tokio::select! {
+            biased;
+            error = &mut self.ends => return Err(error),
+            // A closed channel is seen at the next message.
+            _sent = self.out.send(Ok(message)) => {}
+            () = tokio::time::sleep(self.stall_max) => {
+                let what = format!("the client took nothing for {:?} while its answer was waiting", self.stall_max);
+                return Err(MeshError::new(Code::Deadline, what));
             }
         }
+        *finished |= is_last;
+        Ok(Next::More)
     }
 }
 
