@@ -109,6 +109,9 @@ pub enum HandshakeError {
     /// The stream ended before the handshake.
     #[error("the peer hung up")]
     HungUp,
+    /// This listener has no room for one more channel.
+    #[error("no room for one more channel; raise channels_max")]
+    Busy,
     /// Pushed out by newer connections while unauthenticated.
     #[error("too many connections are unauthenticated; this was the oldest")]
     Crowded,
@@ -131,7 +134,8 @@ impl HandshakeError {
             HandshakeError::WrongSecret | HandshakeError::Refused(Refusal::WrongSecret) => "wrong secret",
             HandshakeError::WrongVersion { .. } | HandshakeError::Refused(Refusal::WrongVersion) => "wrong version",
             HandshakeError::WrongModel { .. } | HandshakeError::Refused(Refusal::WrongModel) => "wrong model",
-            HandshakeError::Refused(_) => "refused by peer",
+            HandshakeError::Busy | HandshakeError::Refused(Refusal::Busy) => "busy",
+            HandshakeError::Refused(Refusal::Other) => "refused by peer",
             HandshakeError::Timeout { .. } => "handshake timeout",
             HandshakeError::HungUp => "hung up",
             HandshakeError::Crowded => "too many unauthenticated",
@@ -145,6 +149,7 @@ impl HandshakeError {
             HandshakeError::WrongSecret => Some(Refusal::WrongSecret),
             HandshakeError::WrongVersion { .. } => Some(Refusal::WrongVersion),
             HandshakeError::WrongModel { .. } => Some(Refusal::WrongModel),
+            HandshakeError::Busy => Some(Refusal::Busy),
             // A stranger learns nothing; the others are not about what the peer said.
             _ => None,
         }
@@ -210,6 +215,8 @@ pub struct Handshake {
     awaited: Option<Message>,
     inbox: Vec<u8>,
     outbox: Vec<u8>,
+    /// Whether the peer is turned away for want of room.
+    busy: bool,
     /// Everything said so far that a proof covers, from the client's nonce on.
     transcript: Vec<u8>,
     peer: Option<Proven>,
@@ -255,14 +262,23 @@ impl Handshake {
             awaited: Some(awaited),
             inbox: Vec::with_capacity(awaited.bytes()),
             outbox: Vec::new(),
+            busy: false,
             transcript: Vec::new(),
             peer: None,
         })
     }
 
-    /// The refusal that a listener without room sends before it hangs up.
+    /// The refusal of a listener that hangs up without having read anything; see [`Handshake::turn_away`] for one that may
+    /// read.
     pub fn busy() -> Vec<u8> {
         prefix(Message::Refuse, Refusal::Busy.to_wire()).to_vec()
+    }
+
+    /// Lets the peer say its first message, and then tells it that there is no room: an answer before its message
+    /// was read could be lost with the connection.
+    pub fn turn_away(mut self) -> Self {
+        self.busy = true;
+        self
     }
 
     /// How many bytes may be read at most: never more than the present message, so a frame behind it is not touched.
@@ -339,6 +355,9 @@ impl Handshake {
     }
 
     fn hear_hello(&mut self, body: &[u8]) -> Result<(), HandshakeError> {
+        if self.busy {
+            return Err(HandshakeError::Busy);
+        }
         // Held back until proven: `hear_proof` reads it out of the transcript.
         decode_identity(&body[NONCE_BYTES..]).ok_or(HandshakeError::NotOurs)?;
         self.transcript.extend_from_slice(body);

@@ -159,7 +159,10 @@ fn another_version_is_refused_on_both_sides() {
 #[test]
 fn a_full_listener_says_so() {
     let mut client = Handshake::client(&credentials(Role::Attention), b"").unwrap();
-    assert_eq!(client.advance(&Handshake::busy()), Err(HandshakeError::Refused(Refusal::Busy)));
+    let mut server = Handshake::server(&credentials(Role::Expert), b"").unwrap().turn_away();
+    let (at_client, at_server) = converse(&mut client, &mut server, 5000);
+    assert_eq!(at_server, Err(HandshakeError::Busy));
+    assert_eq!(at_client, Err(HandshakeError::Refused(Refusal::Busy)));
 }
 
 #[test]

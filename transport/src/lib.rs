@@ -8,16 +8,22 @@
 //! - [`buffer`]: the registered, bounded window that frames are built and read in
 //! - [`handshake`]: how both ends of a channel prove themselves
 //! - [`error`] and [`stats`]: what went wrong, and how much went well
-//! - [`local`], [`tcp`]: the backends
+//! - [`local`], [`tcp`], [`ucx`]: the backends
+//! - [`choose`](mod@choose): which backend, and why not the faster one
 //! - [`open`]: [`bind`] and [`client`], which choose one
 
 #![deny(unsafe_code)]
 
 pub mod buffer;
+pub mod choose;
 pub mod error;
 pub mod frame;
 pub mod handshake;
+pub mod local;
+pub mod open;
 pub mod stats;
+pub mod tcp;
+pub mod ucx;
 
 use std::time::{Duration, Instant};
 
@@ -25,8 +31,15 @@ use buffer::FrameBuf;
 use frame::FrameHeader;
 use mesh_core::{NodeId, Role, Slot};
 
+pub use choose::{Choice, TransportChoice, choose};
 pub use error::TransportError;
+pub use local::LocalHub;
+pub use open::{Bound, bind, client};
 pub use stats::TransportStats;
+
+/// Frames that may wait for one peer; one that lets more pile up is cut off. Bodies are bounded by the window, this bounds the
+/// frames without one.
+pub const FRAMES_QUEUED_MAX: usize = 1024;
 
 /// Which backend carries the frames.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
