@@ -46,7 +46,7 @@ pub(crate) fn rotate(len: usize, stride: usize, offset: usize, heads: usize, pos
 
 /// `combine`; returns the number of rows.
 pub(crate) fn combine(dtype: Dtype, residual: &[f32], cols: usize, per_row: usize, terms: &[Term<'_>]) -> usize {
-    assert!(cols > 0 && residual.len() % cols == 0, "combine: a broken row");
+    assert!(cols > 0 && residual.len().is_multiple_of(cols), "combine: a broken row");
     let rows = residual.len() / cols;
     assert_eq!(terms.len(), rows * per_row, "combine: per_row terms for every row");
     assert!(terms.iter().all(|term| term.row.len() == cols * dtype.bytes()), "combine: a term of another width");
@@ -66,7 +66,7 @@ pub(crate) fn attention(
     let kv = cache.shape();
     let width = shape.heads * kv.head_dim;
     assert_eq!(cache.dtype(), dtype, "attention takes a cache in the compute dtype");
-    assert!(shape.heads > 0 && shape.heads % kv.kv_heads == 0, "query heads are not a multiple of KV heads");
+    assert!(shape.heads > 0 && shape.heads.is_multiple_of(kv.kv_heads), "query heads are not a multiple of KV heads");
     assert!(q_stride >= width, "attention: heads reach past the row");
     assert!(rows.is_empty() || q.len() >= (rows.len() - 1) * q_stride + width, "attention: q is short");
     assert_ne!(shape.window, Some(0), "a window of nothing");

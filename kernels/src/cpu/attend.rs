@@ -3,6 +3,9 @@
 //! Up to `Simd::QUERIES` (row, head) pairs of one sequence and KV head walk the pages together so that K and V are
 //! loaded once; each keeps its own state, and who walks beside it changes nothing of what it computes.
 
+// Micro-kernels index registers by constants; iterators in their place would hide the shape of the code that results.
+#![allow(clippy::needless_range_loop)]
+
 use super::simd::Simd;
 use crate::kv::KvCache;
 use crate::matrix::LANES;

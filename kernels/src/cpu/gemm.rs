@@ -4,6 +4,9 @@
 //! A micro-kernel holds `MR` rows x `NR` blocks of sixteen outputs in registers over the whole of K. `MR` and `NR`
 //! change from call to call; what they cannot change is the order in which one element is summed.
 
+// Micro-kernels index registers by constants; iterators in their place would hide the shape of the code that results.
+#![allow(clippy::needless_range_loop)]
+
 use std::ops::Range;
 
 use super::simd::{ROWS_MAX, Simd, TILE_BLOCKS};
