@@ -60,3 +60,8 @@ fn wanted_hub(hub: Option<Arc<LocalHub>>) -> Result<Arc<LocalHub>, TransportErro
     let why = "it joins the nodes of one process only; run them in one process, or choose tcp or ucx";
     hub.ok_or_else(|| TransportError::Unavailable { kind: TransportKind::Local, why: why.into() })
 }
+
+/// Why the UCX backend cannot be used here; `None` when it can.
+pub(crate) fn ucx_missing() -> Option<String> {
+    ucx::probe(&UcxOptions::default()).err().map(|error| error.to_string())
+}

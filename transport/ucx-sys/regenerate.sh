@@ -17,6 +17,7 @@ bindgen \
     --dynamic-loading Ucp \
     --dynamic-link-require-all \
     --default-enum-style newtype \
+    --bitfield-enum 'ucp_(.*_fields?|feature|am_cb_flags|op_attr_t|ep_close_flags_t|am_recv_attr_t)' \
     --no-prepend-enum-name \
     --wrap-unsafe-ops \
     --no-layout-tests \

@@ -217,6 +217,32 @@ impl ucp_params_field {
     pub const UCP_PARAM_FIELD_ESTIMATED_NUM_PPN: ucp_params_field = ucp_params_field(128);
     pub const UCP_PARAM_FIELD_NAME: ucp_params_field = ucp_params_field(256);
 }
+impl ::core::ops::BitOr<ucp_params_field> for ucp_params_field {
+    type Output = Self;
+    #[inline]
+    fn bitor(self, other: Self) -> Self {
+        ucp_params_field(self.0 | other.0)
+    }
+}
+impl ::core::ops::BitOrAssign for ucp_params_field {
+    #[inline]
+    fn bitor_assign(&mut self, rhs: ucp_params_field) {
+        self.0 |= rhs.0;
+    }
+}
+impl ::core::ops::BitAnd<ucp_params_field> for ucp_params_field {
+    type Output = Self;
+    #[inline]
+    fn bitand(self, other: Self) -> Self {
+        ucp_params_field(self.0 & other.0)
+    }
+}
+impl ::core::ops::BitAndAssign for ucp_params_field {
+    #[inline]
+    fn bitand_assign(&mut self, rhs: ucp_params_field) {
+        self.0 &= rhs.0;
+    }
+}
 #[repr(transparent)]
 #[derive(Debug, Copy, Clone, Hash, PartialEq, Eq)]
 pub struct ucp_params_field(pub ::core::ffi::c_uint);
@@ -228,6 +254,32 @@ impl ucp_feature {
     pub const UCP_FEATURE_WAKEUP: ucp_feature = ucp_feature(16);
     pub const UCP_FEATURE_STREAM: ucp_feature = ucp_feature(32);
     pub const UCP_FEATURE_AM: ucp_feature = ucp_feature(64);
+}
+impl ::core::ops::BitOr<ucp_feature> for ucp_feature {
+    type Output = Self;
+    #[inline]
+    fn bitor(self, other: Self) -> Self {
+        ucp_feature(self.0 | other.0)
+    }
+}
+impl ::core::ops::BitOrAssign for ucp_feature {
+    #[inline]
+    fn bitor_assign(&mut self, rhs: ucp_feature) {
+        self.0 |= rhs.0;
+    }
+}
+impl ::core::ops::BitAnd<ucp_feature> for ucp_feature {
+    type Output = Self;
+    #[inline]
+    fn bitand(self, other: Self) -> Self {
+        ucp_feature(self.0 & other.0)
+    }
+}
+impl ::core::ops::BitAndAssign for ucp_feature {
+    #[inline]
+    fn bitand_assign(&mut self, rhs: ucp_feature) {
+        self.0 &= rhs.0;
+    }
 }
 #[repr(transparent)]
 #[derive(Debug, Copy, Clone, Hash, PartialEq, Eq)]
@@ -243,6 +295,32 @@ impl ucp_worker_params_field {
     pub const UCP_WORKER_PARAM_FIELD_AM_ALIGNMENT: ucp_worker_params_field = ucp_worker_params_field(128);
     pub const UCP_WORKER_PARAM_FIELD_CLIENT_ID: ucp_worker_params_field = ucp_worker_params_field(256);
 }
+impl ::core::ops::BitOr<ucp_worker_params_field> for ucp_worker_params_field {
+    type Output = Self;
+    #[inline]
+    fn bitor(self, other: Self) -> Self {
+        ucp_worker_params_field(self.0 | other.0)
+    }
+}
+impl ::core::ops::BitOrAssign for ucp_worker_params_field {
+    #[inline]
+    fn bitor_assign(&mut self, rhs: ucp_worker_params_field) {
+        self.0 |= rhs.0;
+    }
+}
+impl ::core::ops::BitAnd<ucp_worker_params_field> for ucp_worker_params_field {
+    type Output = Self;
+    #[inline]
+    fn bitand(self, other: Self) -> Self {
+        ucp_worker_params_field(self.0 & other.0)
+    }
+}
+impl ::core::ops::BitAndAssign for ucp_worker_params_field {
+    #[inline]
+    fn bitand_assign(&mut self, rhs: ucp_worker_params_field) {
+        self.0 &= rhs.0;
+    }
+}
 #[repr(transparent)]
 #[derive(Debug, Copy, Clone, Hash, PartialEq, Eq)]
 pub struct ucp_worker_params_field(pub ::core::ffi::c_uint);
@@ -257,6 +335,32 @@ impl ucp_ep_params_field {
     pub const UCP_EP_PARAM_FIELD_NAME: ucp_ep_params_field = ucp_ep_params_field(128);
     pub const UCP_EP_PARAM_FIELD_LOCAL_SOCK_ADDR: ucp_ep_params_field = ucp_ep_params_field(256);
 }
+impl ::core::ops::BitOr<ucp_ep_params_field> for ucp_ep_params_field {
+    type Output = Self;
+    #[inline]
+    fn bitor(self, other: Self) -> Self {
+        ucp_ep_params_field(self.0 | other.0)
+    }
+}
+impl ::core::ops::BitOrAssign for ucp_ep_params_field {
+    #[inline]
+    fn bitor_assign(&mut self, rhs: ucp_ep_params_field) {
+        self.0 |= rhs.0;
+    }
+}
+impl ::core::ops::BitAnd<ucp_ep_params_field> for ucp_ep_params_field {
+    type Output = Self;
+    #[inline]
+    fn bitand(self, other: Self) -> Self {
+        ucp_ep_params_field(self.0 & other.0)
+    }
+}
+impl ::core::ops::BitAndAssign for ucp_ep_params_field {
+    #[inline]
+    fn bitand_assign(&mut self, rhs: ucp_ep_params_field) {
+        self.0 &= rhs.0;
+    }
+}
 #[repr(transparent)]
 #[derive(Debug, Copy, Clone, Hash, PartialEq, Eq)]
 pub struct ucp_ep_params_field(pub ::core::ffi::c_uint);
@@ -265,11 +369,63 @@ impl ucp_ep_params_flags_field {
     pub const UCP_EP_PARAMS_FLAGS_NO_LOOPBACK: ucp_ep_params_flags_field = ucp_ep_params_flags_field(2);
     pub const UCP_EP_PARAMS_FLAGS_SEND_CLIENT_ID: ucp_ep_params_flags_field = ucp_ep_params_flags_field(4);
 }
+impl ::core::ops::BitOr<ucp_ep_params_flags_field> for ucp_ep_params_flags_field {
+    type Output = Self;
+    #[inline]
+    fn bitor(self, other: Self) -> Self {
+        ucp_ep_params_flags_field(self.0 | other.0)
+    }
+}
+impl ::core::ops::BitOrAssign for ucp_ep_params_flags_field {
+    #[inline]
+    fn bitor_assign(&mut self, rhs: ucp_ep_params_flags_field) {
+        self.0 |= rhs.0;
+    }
+}
+impl ::core::ops::BitAnd<ucp_ep_params_flags_field> for ucp_ep_params_flags_field {
+    type Output = Self;
+    #[inline]
+    fn bitand(self, other: Self) -> Self {
+        ucp_ep_params_flags_field(self.0 & other.0)
+    }
+}
+impl ::core::ops::BitAndAssign for ucp_ep_params_flags_field {
+    #[inline]
+    fn bitand_assign(&mut self, rhs: ucp_ep_params_flags_field) {
+        self.0 &= rhs.0;
+    }
+}
 #[repr(transparent)]
 #[derive(Debug, Copy, Clone, Hash, PartialEq, Eq)]
 pub struct ucp_ep_params_flags_field(pub ::core::ffi::c_uint);
 impl ucp_ep_close_flags_t {
     pub const UCP_EP_CLOSE_FLAG_FORCE: ucp_ep_close_flags_t = ucp_ep_close_flags_t(1);
+}
+impl ::core::ops::BitOr<ucp_ep_close_flags_t> for ucp_ep_close_flags_t {
+    type Output = Self;
+    #[inline]
+    fn bitor(self, other: Self) -> Self {
+        ucp_ep_close_flags_t(self.0 | other.0)
+    }
+}
+impl ::core::ops::BitOrAssign for ucp_ep_close_flags_t {
+    #[inline]
+    fn bitor_assign(&mut self, rhs: ucp_ep_close_flags_t) {
+        self.0 |= rhs.0;
+    }
+}
+impl ::core::ops::BitAnd<ucp_ep_close_flags_t> for ucp_ep_close_flags_t {
+    type Output = Self;
+    #[inline]
+    fn bitand(self, other: Self) -> Self {
+        ucp_ep_close_flags_t(self.0 & other.0)
+    }
+}
+impl ::core::ops::BitAndAssign for ucp_ep_close_flags_t {
+    #[inline]
+    fn bitand_assign(&mut self, rhs: ucp_ep_close_flags_t) {
+        self.0 &= rhs.0;
+    }
 }
 #[repr(transparent)]
 #[derive(Debug, Copy, Clone, Hash, PartialEq, Eq)]
@@ -282,12 +438,64 @@ impl ucp_worker_attr_field {
     pub const UCP_WORKER_ATTR_FIELD_NAME: ucp_worker_attr_field = ucp_worker_attr_field(16);
     pub const UCP_WORKER_ATTR_FIELD_MAX_INFO_STRING: ucp_worker_attr_field = ucp_worker_attr_field(32);
 }
+impl ::core::ops::BitOr<ucp_worker_attr_field> for ucp_worker_attr_field {
+    type Output = Self;
+    #[inline]
+    fn bitor(self, other: Self) -> Self {
+        ucp_worker_attr_field(self.0 | other.0)
+    }
+}
+impl ::core::ops::BitOrAssign for ucp_worker_attr_field {
+    #[inline]
+    fn bitor_assign(&mut self, rhs: ucp_worker_attr_field) {
+        self.0 |= rhs.0;
+    }
+}
+impl ::core::ops::BitAnd<ucp_worker_attr_field> for ucp_worker_attr_field {
+    type Output = Self;
+    #[inline]
+    fn bitand(self, other: Self) -> Self {
+        ucp_worker_attr_field(self.0 & other.0)
+    }
+}
+impl ::core::ops::BitAndAssign for ucp_worker_attr_field {
+    #[inline]
+    fn bitand_assign(&mut self, rhs: ucp_worker_attr_field) {
+        self.0 &= rhs.0;
+    }
+}
 #[repr(transparent)]
 #[derive(Debug, Copy, Clone, Hash, PartialEq, Eq)]
 pub struct ucp_worker_attr_field(pub ::core::ffi::c_uint);
 impl ucp_am_cb_flags {
     pub const UCP_AM_FLAG_WHOLE_MSG: ucp_am_cb_flags = ucp_am_cb_flags(1);
     pub const UCP_AM_FLAG_PERSISTENT_DATA: ucp_am_cb_flags = ucp_am_cb_flags(2);
+}
+impl ::core::ops::BitOr<ucp_am_cb_flags> for ucp_am_cb_flags {
+    type Output = Self;
+    #[inline]
+    fn bitor(self, other: Self) -> Self {
+        ucp_am_cb_flags(self.0 | other.0)
+    }
+}
+impl ::core::ops::BitOrAssign for ucp_am_cb_flags {
+    #[inline]
+    fn bitor_assign(&mut self, rhs: ucp_am_cb_flags) {
+        self.0 |= rhs.0;
+    }
+}
+impl ::core::ops::BitAnd<ucp_am_cb_flags> for ucp_am_cb_flags {
+    type Output = Self;
+    #[inline]
+    fn bitand(self, other: Self) -> Self {
+        ucp_am_cb_flags(self.0 & other.0)
+    }
+}
+impl ::core::ops::BitAndAssign for ucp_am_cb_flags {
+    #[inline]
+    fn bitand_assign(&mut self, rhs: ucp_am_cb_flags) {
+        self.0 &= rhs.0;
+    }
 }
 #[repr(transparent)]
 #[derive(Debug, Copy, Clone, Hash, PartialEq, Eq)]
@@ -316,6 +524,32 @@ impl ucp_op_attr_t {
     pub const UCP_OP_ATTR_FLAG_FORCE_IMM_CMPL: ucp_op_attr_t = ucp_op_attr_t(262144);
     pub const UCP_OP_ATTR_FLAG_MULTI_SEND: ucp_op_attr_t = ucp_op_attr_t(524288);
 }
+impl ::core::ops::BitOr<ucp_op_attr_t> for ucp_op_attr_t {
+    type Output = Self;
+    #[inline]
+    fn bitor(self, other: Self) -> Self {
+        ucp_op_attr_t(self.0 | other.0)
+    }
+}
+impl ::core::ops::BitOrAssign for ucp_op_attr_t {
+    #[inline]
+    fn bitor_assign(&mut self, rhs: ucp_op_attr_t) {
+        self.0 |= rhs.0;
+    }
+}
+impl ::core::ops::BitAnd<ucp_op_attr_t> for ucp_op_attr_t {
+    type Output = Self;
+    #[inline]
+    fn bitand(self, other: Self) -> Self {
+        ucp_op_attr_t(self.0 & other.0)
+    }
+}
+impl ::core::ops::BitAndAssign for ucp_op_attr_t {
+    #[inline]
+    fn bitand_assign(&mut self, rhs: ucp_op_attr_t) {
+        self.0 &= rhs.0;
+    }
+}
 #[repr(transparent)]
 #[derive(Debug, Copy, Clone, Hash, PartialEq, Eq)]
 pub struct ucp_op_attr_t(pub ::core::ffi::c_uint);
@@ -323,6 +557,32 @@ impl ucp_am_recv_attr_t {
     pub const UCP_AM_RECV_ATTR_FIELD_REPLY_EP: ucp_am_recv_attr_t = ucp_am_recv_attr_t(1);
     pub const UCP_AM_RECV_ATTR_FLAG_DATA: ucp_am_recv_attr_t = ucp_am_recv_attr_t(65536);
     pub const UCP_AM_RECV_ATTR_FLAG_RNDV: ucp_am_recv_attr_t = ucp_am_recv_attr_t(131072);
+}
+impl ::core::ops::BitOr<ucp_am_recv_attr_t> for ucp_am_recv_attr_t {
+    type Output = Self;
+    #[inline]
+    fn bitor(self, other: Self) -> Self {
+        ucp_am_recv_attr_t(self.0 | other.0)
+    }
+}
+impl ::core::ops::BitOrAssign for ucp_am_recv_attr_t {
+    #[inline]
+    fn bitor_assign(&mut self, rhs: ucp_am_recv_attr_t) {
+        self.0 |= rhs.0;
+    }
+}
+impl ::core::ops::BitAnd<ucp_am_recv_attr_t> for ucp_am_recv_attr_t {
+    type Output = Self;
+    #[inline]
+    fn bitand(self, other: Self) -> Self {
+        ucp_am_recv_attr_t(self.0 & other.0)
+    }
+}
+impl ::core::ops::BitAndAssign for ucp_am_recv_attr_t {
+    #[inline]
+    fn bitand_assign(&mut self, rhs: ucp_am_recv_attr_t) {
+        self.0 &= rhs.0;
+    }
 }
 #[repr(transparent)]
 #[derive(Debug, Copy, Clone, Hash, PartialEq, Eq)]
@@ -332,6 +592,32 @@ impl ucp_am_handler_param_field {
     pub const UCP_AM_HANDLER_PARAM_FIELD_FLAGS: ucp_am_handler_param_field = ucp_am_handler_param_field(2);
     pub const UCP_AM_HANDLER_PARAM_FIELD_CB: ucp_am_handler_param_field = ucp_am_handler_param_field(4);
     pub const UCP_AM_HANDLER_PARAM_FIELD_ARG: ucp_am_handler_param_field = ucp_am_handler_param_field(8);
+}
+impl ::core::ops::BitOr<ucp_am_handler_param_field> for ucp_am_handler_param_field {
+    type Output = Self;
+    #[inline]
+    fn bitor(self, other: Self) -> Self {
+        ucp_am_handler_param_field(self.0 | other.0)
+    }
+}
+impl ::core::ops::BitOrAssign for ucp_am_handler_param_field {
+    #[inline]
+    fn bitor_assign(&mut self, rhs: ucp_am_handler_param_field) {
+        self.0 |= rhs.0;
+    }
+}
+impl ::core::ops::BitAnd<ucp_am_handler_param_field> for ucp_am_handler_param_field {
+    type Output = Self;
+    #[inline]
+    fn bitand(self, other: Self) -> Self {
+        ucp_am_handler_param_field(self.0 & other.0)
+    }
+}
+impl ::core::ops::BitAndAssign for ucp_am_handler_param_field {
+    #[inline]
+    fn bitand_assign(&mut self, rhs: ucp_am_handler_param_field) {
+        self.0 &= rhs.0;
+    }
 }
 #[repr(transparent)]
 #[derive(Debug, Copy, Clone, Hash, PartialEq, Eq)]

@@ -1,0 +1,131 @@
+//! What the two ends of a UCX channel tell each other in the handshake: where they are, and by what name to call.
+
+use super::inbox::Token;
+
+/// Version of this blob; two nodes of different versions do not talk.
+const VERSION: u8 = 1;
+/// Bytes before the worker address.
+const FIXED_BYTES: usize = 1 + 1 + 16 + 8;
+/// The longest worker address that is accepted. UCX's grow with the number of network devices: 100 to 1000 bytes.
+pub const ADDRESS_BYTES_MAX: usize = 4096;
+
+/// One end of a channel.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Greeting {
+    /// The running kernel, so that the ends know whether they can share memory.
+    pub host: [u8; 16],
+    /// Whether its options let UCX share memory.
+    pub shares_memory: bool,
+    /// What its peer must name the channel.
+    pub token: Token,
+    /// Its worker.
+    pub address: Vec<u8>,
+}
+
+impl Greeting {
+    /// As bytes.
+    pub fn encode(&self) -> Vec<u8> {
+        let mut bytes = vec![VERSION, u8::from(self.shares_memory)];
+        bytes.extend_from_slice(&self.host);
+        bytes.extend_from_slice(&self.token.0.to_le_bytes());
+        bytes.extend_from_slice(&self.address);
+        bytes
+    }
+
+    /// From bytes.
+    ///
+    /// # Errors
+    /// What is wrong with them.
+    pub fn decode(bytes: &[u8]) -> Result<Self, String> {
+        if bytes.len() <= FIXED_BYTES || bytes.len() > FIXED_BYTES + ADDRESS_BYTES_MAX {
+            return Err(format!("a UCX greeting of {} bytes", bytes.len()));
+        }
+        let (fixed, address) = bytes.split_at(FIXED_BYTES);
+        if fixed[0] != VERSION || fixed[1] > 1 {
+            return Err(format!("a UCX greeting of version {} where this node speaks {VERSION}", fixed[0]));
+        }
+        let (mut host, mut token) = ([0; 16], [0; 8]);
+        host.copy_from_slice(&fixed[2..18]);
+        token.copy_from_slice(&fixed[18..]);
+        Ok(Self {
+            host,
+            shares_memory: fixed[1] == 1,
+            token: Token(u64::from_le_bytes(token)),
+            address: address.to_vec(),
+        })
+    }
+
+    /// Whether UCX must watch for the other's death itself. It cannot where memory is shared, and the two ends must agree:
+    /// both work it out from the same four facts.
+    pub fn watched_with(&self, other: &Greeting) -> bool {
+        self.host != other.host || !self.shares_memory || !other.shares_memory
+    }
+}
+
+/// What tells this running kernel from every other; all zero where the system does not say, which matches itself only on
+/// machines that do not say either, and then UCX finds out on its own that memory cannot be shared.
+pub fn host() -> [u8; 16] {
+    let text = std::fs::read_to_string("/proc/sys/kernel/random/boot_id").unwrap_or_default();
+    let digits: Vec<u8> = text.chars().filter_map(|c| c.to_digit(16)).map(|digit| digit as u8).collect();
+    let mut host = [0; 16];
+    for (byte, pair) in host.iter_mut().zip(digits.chunks_exact(2)) {
+        *byte = pair[0] << 4 | pair[1];
+    }
+    host
+}
+
+/// Whether a list of UCX transports has one that shares memory; none given is all of them.
+pub fn shares_memory(tls: Option<&str>) -> bool {
+    const SHARING: [&str; 8] = ["all", "sm", "shm", "mm", "posix", "sysv", "xpmem", "self"];
+    let Some(list) = tls else { return true };
+    // A list that begins with ^ names what is left out: then something that shares memory is probably left.
+    list.starts_with('^') || list.split(',').any(|name| SHARING.contains(&name.trim().trim_start_matches('\\')))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn greeting() -> Greeting {
+        Greeting { host: host(), shares_memory: true, token: Token(0x1234_5678_9abc_def0), address: vec![1, 2, 3] }
+    }
+
+    #[test]
+    fn it_reads_back_what_was_written() {
+        assert_eq!(Greeting::decode(&greeting().encode()).unwrap(), greeting());
+    }
+
+    #[test]
+    fn every_truncation_and_every_overlong_address_is_refused() {
+        let bytes = greeting().encode();
+        for cut in 0..=FIXED_BYTES {
+            assert!(Greeting::decode(&bytes[..cut]).is_err());
+        }
+        let overlong = Greeting { address: vec![0; ADDRESS_BYTES_MAX + 1], ..greeting() };
+        assert!(Greeting::decode(&overlong.encode()).is_err());
+        let mut newer = bytes;
+        newer[0] += 1;
+        assert!(Greeting::decode(&newer).unwrap_err().contains("version 2"));
+    }
+
+    #[test]
+    fn ucx_watches_unless_both_ends_share_one_host_s_memory() {
+        let here = greeting();
+        assert!(!here.watched_with(&here));
+        let elsewhere = Greeting { host: [9; 16], ..greeting() };
+        let network = Greeting { shares_memory: false, ..greeting() };
+        for other in [elsewhere, network] {
+            assert!(here.watched_with(&other));
+            assert!(other.watched_with(&here));
+        }
+    }
+
+    #[test]
+    fn lists_of_transports_are_read_as_ucx_reads_them() {
+        for sharing in [None, Some("all"), Some("posix,cma"), Some("tcp, sm"), Some("^rc")] {
+            assert!(shares_memory(sharing), "{sharing:?}");
+        }
+        assert!(!shares_memory(Some("tcp")));
+        assert!(!shares_memory(Some("rc,ud")));
+    }
+}

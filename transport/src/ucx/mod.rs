@@ -1,0 +1,49 @@
+//! Frames as UCX active messages: shared memory within a host, the fastest network there is between hosts.
+//!
+//! libucp is opened at run time, and a machine without it has every other transport. A channel begins on a TCP socket with
+//! the handshake that all transports share; in it the two ends exchange the addresses of their UCX workers and the tokens
+//! that name the channel. The socket stays open as the sign of life that UCX does not give where it shares memory.
+//!
+//! Each direction carries frames numbered from 0, as UCX keeps no order between small and large messages, under
+//! `CREDITS` that the receiver renews: what a peer can make this node hold is bounded, and an honest one just waits.
+//!
+//! # Layout
+//! - [`UcxTransport`]: the transport; `door`: sockets and handshakes; `greeting`: what the handshake carries for UCX
+//! - `channel`: order and credit; `inbox`: what UCX's callbacks write
+//! - `worker` and `library`: the safe face of `ucx-sys`; `sleep`: waiting and waking
+
+#![allow(unsafe_code)]
+
+mod channel;
+mod door;
+mod greeting;
+mod inbox;
+mod library;
+mod sleep;
+mod transport;
+mod worker;
+
+use std::path::PathBuf;
+
+pub use library::{UcxError, UcxInfo};
+pub use transport::{UcxBound, UcxTransport};
+
+/// How UCX is opened and what it may use.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct UcxOptions {
+    /// The folder of libucp.so.0; by default the library that this process has open, or where the dynamic linker looks.
+    pub library_dir: Option<PathBuf>,
+    /// UCX's own list of transports (its `UCX_TLS`), as "posix,cma,self" or "tcp"; by default UCX picks: shared memory
+    /// within a host, the network between hosts.
+    pub tls: Option<String>,
+}
+
+/// What UCX there is on this machine.
+///
+/// # Errors
+/// Why there is none that can be used, and the remedy.
+pub fn probe(options: &UcxOptions) -> Result<UcxInfo, UcxError> {
+    let context = library::Context::new(options)?;
+    let (major, minor, release) = context.ucp.version();
+    Ok(UcxInfo { version: format!("{major}.{minor}.{release}"), transports: context.transports() })
+}

@@ -1,0 +1,576 @@
+//! The UCX transport: channels over one worker.
+
+use std::io::{self, Read};
+use std::net::{TcpListener, TcpStream};
+use std::os::fd::{AsRawFd, RawFd};
+use std::sync::Arc;
+use std::time::Instant;
+
+use super::UcxOptions;
+use super::channel::{Incoming, Outgoing, Step, Wrong};
+use super::door::{Door, Entered, SCHEME};
+use super::inbox::{ACK_EVERY, Arrival, Inbox, Payload, Token};
+use super::library::{self, Context, UcxError};
+use super::sleep::{Waker, Watched};
+use super::worker::{Endpoint, Finished, Worker};
+use crate::buffer::{FrameBuf, Window};
+use crate::frame::{FrameHeader, HEADER_BYTES};
+use crate::{
+    Bound, ChannelId, Credentials, Event, FRAMES_QUEUED_MAX, Identity, Limits, Transport, TransportError,
+    TransportKind, TransportStats, Wake,
+};
+
+/// Calls of `ucp_worker_progress` in one poll, at most: a peer that never stops must not keep the caller from its events.
+const PROGRESS_MAX: usize = 16;
+/// Polls, or spins of a wait, between two looks at the sockets, which cost a system call.
+const SOCKETS_EVERY: u32 = 64;
+/// Attempts to fall asleep that may find UCX busy before the wait returns instead.
+const ARM_TRIES_MAX: usize = 1000;
+/// Bodies that dead peers may keep outside the window; beyond it they count against the window for good.
+const PARKED_MAX: usize = 256;
+
+/// An authenticated channel.
+struct Channel {
+    id: ChannelId,
+    token: Token,
+    /// Who it is, in words.
+    name: String,
+    /// Open for as long as the peer lives; nothing is said on it after the handshake.
+    liveness: TcpStream,
+    endpoint: Endpoint,
+    outgoing: Outgoing,
+    incoming: Incoming,
+}
+
+/// A listening socket that takes nobody in yet.
+#[derive(Debug)]
+pub struct UcxBound {
+    listener: TcpListener,
+    local_addr: String,
+    limits: Limits,
+    options: UcxOptions,
+}
+
+impl UcxBound {
+    /// Listens at `host:port` (port 0 takes a free one), after a look whether UCX can be used at all: a node that cannot
+    /// must not learn so only when it has registered.
+    ///
+    /// # Errors
+    /// [`TransportError::Unavailable`] and [`TransportError::Bind`].
+    pub fn bind(addr: &str, limits: Limits, options: &UcxOptions) -> Result<Self, TransportError> {
+        library::open(options.library_dir.as_deref()).map_err(unavailable)?;
+        let failed = |source| TransportError::Bind { addr: addr.to_owned(), source };
+        let listener = TcpListener::bind(addr).map_err(failed)?;
+        let local_addr = format!("{SCHEME}{}", listener.local_addr().map_err(failed)?);
+        Ok(Self { listener, local_addr, limits, options: options.clone() })
+    }
+}
+
+impl Bound for UcxBound {
+    fn local_addr(&self) -> &str {
+        &self.local_addr
+    }
+
+    fn start(self: Box<Self>, credentials: Credentials) -> Result<Box<dyn Transport>, TransportError> {
+        Ok(Box::new(UcxTransport::new(Some(self.listener), self.limits, credentials, &self.options)?))
+    }
+}
+
+/// A node's end of the data plane over UCX.
+pub struct UcxTransport {
+    limits: Limits,
+    window: Arc<Window>,
+    waker: Arc<Waker>,
+    worker: Worker,
+    event_fd: RawFd,
+    door: Door,
+    /// By the place that is the low 16 bits of token and id.
+    channels: Vec<Option<Channel>>,
+    opened: u64,
+    /// Places whose channel may have something to deliver.
+    touched: Vec<usize>,
+    /// Whether a channel may have frames without a buffer.
+    starving: bool,
+    broken: Vec<(ChannelId, TransportError)>,
+    finished: Vec<Finished>,
+    watched: Watched,
+    polls: u32,
+    stats: TransportStats,
+}
+
+impl UcxTransport {
+    /// A transport that only connects.
+    ///
+    /// # Errors
+    /// [`TransportError::Unavailable`] when UCX cannot be used here, [`TransportError::Io`] when the system refuses.
+    pub fn client(limits: Limits, credentials: Credentials, options: &UcxOptions) -> Result<Self, TransportError> {
+        Self::new(None, limits, credentials, options)
+    }
+
+    fn new(
+        listener: Option<TcpListener>,
+        limits: Limits,
+        credentials: Credentials,
+        options: &UcxOptions,
+    ) -> Result<Self, TransportError> {
+        let window = Window::new(limits.bodies_max, limits.body_bytes_max);
+        let waker = Waker::new().map_err(|source| TransportError::Io { what: "make an event descriptor", source })?;
+        window.set_waker(waker.clone());
+        let inbox = Inbox::new(Arc::clone(&window), limits.body_bytes_max, limits.channels_max);
+        let started = Context::new(options).and_then(|context| {
+            let transports = context.transports();
+            let worker = Worker::new(context, inbox)?;
+            let (event_fd, address) = (worker.event_fd()?, worker.address()?);
+            Ok((transports, worker, event_fd, address))
+        });
+        let (transports, worker, event_fd, address) = started.map_err(unavailable)?;
+        tracing::debug!(address_bytes = address.len(), ?transports, "ucx worker is up");
+        let door = Door::new(listener, credentials, &limits, options, address)?;
+        Ok(Self {
+            channels: (0..limits.channels_max).map(|_| None).collect(),
+            limits,
+            window,
+            waker,
+            worker,
+            event_fd,
+            door,
+            opened: 0,
+            touched: Vec::new(),
+            starving: false,
+            broken: Vec::new(),
+            finished: Vec::new(),
+            watched: Watched::default(),
+            polls: 0,
+            stats: TransportStats::default(),
+        })
+    }
+
+    /// Makes a channel of a peer that proved itself.
+    fn enter(&mut self, entered: Entered) -> Result<(ChannelId, Identity), TransportError> {
+        let Entered { stream, token, identity, greeting, watched, name } = entered;
+        self.worker.inbox().admit(token);
+        let endpoint = match self.worker.connect(&greeting.address, watched) {
+            Ok(endpoint) => endpoint,
+            Err(error) => {
+                self.worker.inbox().dismiss(token);
+                return Err(failed("make an endpoint", error));
+            }
+        };
+        self.opened += 1;
+        let id = ChannelId(self.opened << 16 | token.place() as u64);
+        tracing::debug!(channel = id.0, peer = %name, watched, "ucx channel is open");
+        self.channels[token.place()] = Some(Channel {
+            id,
+            token,
+            name,
+            liveness: stream,
+            endpoint,
+            outgoing: Outgoing::new(greeting.token),
+            incoming: Incoming::default(),
+        });
+        Ok((id, identity))
+    }
+
+    fn at(&mut self, id: ChannelId) -> Option<&mut Channel> {
+        let place = usize::from((id.0 & 0xffff) as u16);
+        self.channels.get_mut(place)?.as_mut().filter(|channel| channel.id == id)
+    }
+
+    fn break_later(&mut self, id: ChannelId, error: TransportError) {
+        if !self.broken.iter().any(|(broken, _)| *broken == id) {
+            self.broken.push((id, error));
+        }
+    }
+
+    /// Takes in what UCX has, and moves it as far as it goes; whether there was anything.
+    fn receive(&mut self) -> bool {
+        let mut moved = false;
+        for _ in 0..PROGRESS_MAX {
+            if !self.worker.progress() {
+                break;
+            }
+            moved = true;
+        }
+        while let Some((token, arrival)) = self.worker.inbox().take() {
+            moved = true;
+            self.arrived(token, arrival);
+        }
+        if self.worker.pending() > 0 {
+            moved |= self.reap();
+        }
+        if self.starving {
+            self.feed();
+        }
+        moved
+    }
+
+    fn arrived(&mut self, token: Token, arrival: Arrival) {
+        let body_bytes_max = self.limits.body_bytes_max;
+        let channel = self.channels[token.place()].as_mut().filter(|channel| channel.token == token);
+        let Some(channel) = channel else {
+            // It was closed in the meantime.
+            if let Arrival::Frame { payload, .. } = arrival {
+                self.discard(payload);
+            }
+            return;
+        };
+        let id = channel.id;
+        match arrival {
+            Arrival::Frame { number, header, payload } => {
+                match channel.incoming.arrived(number, &header, payload, body_bytes_max) {
+                    Ok(step) => self.step(token, step),
+                    Err((wrong, payload)) => {
+                        let error = wrong.into_error(&channel.name);
+                        self.discard(payload);
+                        self.break_later(id, error);
+                    }
+                }
+            }
+            Arrival::Ack(count) => match channel.outgoing.acknowledge(count) {
+                true => self.pump(token.place()),
+                false => self.break_later(id, violation("acknowledged frames that were never sent")),
+            },
+            Arrival::Violation(what) => self.break_later(id, violation(what)),
+        }
+    }
+
+    fn discard(&mut self, payload: Payload) {
+        if let Some(descriptor) = payload.into_descriptor() {
+            self.worker.release(descriptor);
+        }
+    }
+
+    fn step(&mut self, token: Token, step: Step) {
+        match step {
+            Step::Deliver => self.touched.push(token.place()),
+            Step::NeedsBuffer => self.starving = true,
+            Step::Fetch { number, descriptor, body } => match self.worker.receive(token, number, descriptor, body) {
+                Ok(Some(body)) => self.fetched(token, number, Ok(body)),
+                Ok(None) => {}
+                Err(error) => self.fetched(token, number, Err(error)),
+            },
+        }
+    }
+
+    fn fetched(&mut self, token: Token, number: u64, body: Result<FrameBuf, UcxError>) {
+        let channel = self.channels[token.place()].as_mut().filter(|channel| channel.token == token);
+        let Some(channel) = channel else { return };
+        match body {
+            Ok(body) => {
+                channel.incoming.fetched(number, body);
+                self.touched.push(token.place());
+            }
+            Err(error) => {
+                let id = channel.id;
+                self.break_later(id, failed("fetch a frame", error));
+            }
+        }
+    }
+
+    /// Collects operations that UCX is done with; whether there were any.
+    fn reap(&mut self) -> bool {
+        let mut finished = std::mem::take(&mut self.finished);
+        self.worker.reap(&mut finished);
+        let any = !finished.is_empty();
+        for done in finished.drain(..) {
+            match done {
+                Finished::Received { channel, number, body } => self.fetched(channel, number, body),
+                Finished::Sent { error: None, .. } => {}
+                Finished::Sent { channel: token, error: Some(error) } => {
+                    let channel = self.channels[token.place()].as_ref().filter(|channel| channel.token == token);
+                    if let Some(id) = channel.map(|channel| channel.id) {
+                        self.break_later(id, failed("send a frame", error));
+                    }
+                }
+            }
+        }
+        self.finished = finished;
+        any
+    }
+
+    /// Gives buffers to frames that arrived when there was none.
+    fn feed(&mut self) {
+        self.starving = false;
+        for place in 0..self.channels.len() {
+            loop {
+                let (inbox, channel) = (self.worker.inbox(), self.channels[place].as_mut());
+                let Some(channel) = channel else { break };
+                let token = channel.token;
+                let step = channel.incoming.buffer_next(|number, bytes| inbox.buffer(token, number, bytes));
+                self.starving |= channel.incoming.is_starving();
+                let Some(step) = step else { break };
+                self.step(token, step);
+            }
+        }
+    }
+
+    /// Appends the frames whose turn it is.
+    fn deliver(&mut self, events: &mut Vec<Event>) {
+        while let Some(place) = self.touched.pop() {
+            let Some(channel) = self.channels[place].as_mut() else { continue };
+            while let Some((header, body)) = channel.incoming.next() {
+                self.worker.inbox().delivered(channel.token);
+                self.stats.received(HEADER_BYTES + body.len());
+                events.push(Event::Frame { channel: channel.id, header, body });
+            }
+            let Some(count) = channel.incoming.acknowledge_now(ACK_EVERY) else { continue };
+            let (id, theirs) = (channel.id, channel.outgoing.theirs());
+            if let Err(error) = self.worker.send_ack(&channel.endpoint, channel.token, theirs, count) {
+                self.break_later(id, failed("acknowledge frames", error));
+            }
+        }
+    }
+
+    /// Sends what the peer has credit for.
+    fn pump(&mut self, place: usize) {
+        let Some(channel) = self.channels[place].as_mut() else { return };
+        while let Some((head, body)) = channel.outgoing.next() {
+            self.stats.sent(HEADER_BYTES + body.len());
+            if let Err(error) = self.worker.send_frame(&channel.endpoint, channel.token, &head, body) {
+                let id = channel.id;
+                return self.break_later(id, failed("send a frame", error));
+            }
+        }
+    }
+
+    /// Fills `watched` with every descriptor, the event descriptor first, then the channels' in their order.
+    fn watch(&mut self) {
+        self.watched.clear();
+        self.watched.push(self.event_fd, false);
+        for channel in self.channels.iter().flatten() {
+            self.watched.push(channel.liveness.as_raw_fd(), false);
+        }
+        self.door.watch(&mut self.watched);
+    }
+
+    /// Looks at the sockets: who died, who knocks.
+    fn look(&mut self, events: &mut Vec<Event>) {
+        self.watch();
+        let ready = self.watched.look();
+        if ready {
+            let watched = &self.watched;
+            let dead = self.channels.iter().flatten().enumerate().filter(|(at, _)| watched.ready(at + 1));
+            let dead: Vec<_> = dead.filter_map(|(_, channel)| Some((channel.id, channel.death()?))).collect();
+            if !dead.is_empty() {
+                // What it sent before it died may still be delivered.
+                self.receive();
+                self.deliver(events);
+            }
+            for (id, error) in dead {
+                self.break_later(id, error);
+            }
+        }
+        for entered in self.door.look(self.worker.inbox()) {
+            match self.enter(entered) {
+                Ok((channel, peer)) => events.push(Event::Accepted { channel, peer }),
+                Err(error) => tracing::warn!(%error, "cannot accept a channel"),
+            }
+        }
+        self.door.take_turned_away().into_iter().for_each(|reason| self.stats.refuse(reason));
+        let unknown = self.worker.inbox().take_unknown();
+        if unknown > 0 {
+            *self.stats.refused.entry("no such channel").or_default() += unknown;
+            tracing::warn!(unknown, "dropped messages for no open channel");
+        }
+    }
+
+    fn report_failures(&mut self, events: &mut Vec<Event>) {
+        while let Some((endpoint, status)) = self.worker.inbox().take_failed() {
+            let channel = self.channels.iter().flatten().find(|channel| channel.endpoint.address() == endpoint);
+            if let Some((id, peer)) = channel.map(|channel| (channel.id, channel.name.clone())) {
+                tracing::debug!(channel = id.0, reason = self.worker.words(status), "ucx reports a failed endpoint");
+                self.break_later(id, TransportError::Closed { peer });
+            }
+        }
+        for (channel, error) in std::mem::take(&mut self.broken) {
+            if self.shut(channel) {
+                match &error {
+                    TransportError::Frame { .. } => self.stats.refuse("bad frame"),
+                    TransportError::SlowPeer { .. } => self.stats.refuse("slow peer"),
+                    TransportError::Io { what, .. } => self.stats.refuse(what),
+                    _ => {}
+                }
+                events.push(Event::Closed { channel, error });
+            }
+        }
+    }
+
+    /// Takes a channel down; false if it is down already.
+    fn shut(&mut self, id: ChannelId) -> bool {
+        if self.at(id).is_none() {
+            return false;
+        }
+        let Some(channel) = self.channels[usize::from((id.0 & 0xffff) as u16)].take() else { return false };
+        self.worker.inbox().dismiss(channel.token);
+        for descriptor in channel.incoming.into_descriptors() {
+            self.worker.release(descriptor);
+        }
+        if let Err(error) = self.worker.close(channel.endpoint, channel.token) {
+            tracing::debug!(peer = %channel.name, %error, "the endpoint is gone already");
+        }
+        // On a watched endpoint everything was cancelled just now. On one that shares memory, the peer may be reading or
+        // writing a body of ours at this moment, and UCX can neither stop it nor tell when it died.
+        self.reap();
+        let parked = self.worker.park(channel.token, PARKED_MAX);
+        if parked > 0 {
+            tracing::warn!(peer = %channel.name, parked, "bodies under way to or from a gone peer are set aside");
+        }
+        true
+    }
+}
+
+impl Channel {
+    /// Why the channel is over, if its socket says so.
+    fn death(&self) -> Option<TransportError> {
+        let mut byte = [0];
+        match (&self.liveness).read(&mut byte) {
+            Ok(0) => Some(TransportError::Closed { peer: self.name.clone() }),
+            Ok(_) => Some(violation("bytes after the handshake")),
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => None,
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => None,
+            Err(_) => Some(TransportError::Closed { peer: self.name.clone() }),
+        }
+    }
+}
+
+impl Transport for UcxTransport {
+    fn kind(&self) -> TransportKind {
+        TransportKind::Ucx
+    }
+
+    fn local_addr(&self) -> &str {
+        self.door.addr()
+    }
+
+    fn connect(&mut self, addr: &str, deadline: Instant) -> Result<(ChannelId, Identity), TransportError> {
+        let entered = self.door.call(addr, deadline, self.worker.inbox())?;
+        self.enter(entered)
+    }
+
+    fn close(&mut self, channel: ChannelId) {
+        self.broken.retain(|(broken, _)| *broken != channel);
+        self.shut(channel);
+    }
+
+    fn buffer(&mut self, bytes: usize) -> Result<FrameBuf, TransportError> {
+        self.window.take(bytes)
+    }
+
+    fn send(&mut self, channel: ChannelId, header: &FrameHeader, body: FrameBuf) -> Result<(), TransportError> {
+        let body_bytes_max = self.limits.body_bytes_max;
+        let open = self.at(channel).ok_or(TransportError::NoChannel { channel })?;
+        header.check_with_body(&body, body_bytes_max).map_err(TransportError::BadSend)?;
+        let frames = open.outgoing.push(header, body);
+        let place = open.token.place();
+        if frames > FRAMES_QUEUED_MAX {
+            let peer = open.name.clone();
+            self.break_later(channel, TransportError::SlowPeer { peer, frames });
+        }
+        self.pump(place);
+        Ok(())
+    }
+
+    fn poll(&mut self, events: &mut Vec<Event>) -> usize {
+        let before = events.len();
+        self.receive();
+        self.deliver(events);
+        self.polls += 1;
+        if self.polls >= SOCKETS_EVERY {
+            self.polls = 0;
+            self.look(events);
+        }
+        self.report_failures(events);
+        events.len() - before
+    }
+
+    fn wait(&mut self, deadline: Instant) {
+        if !self.broken.is_empty() || !self.touched.is_empty() || self.spin(deadline) {
+            return;
+        }
+        for _ in 0..ARM_TRIES_MAX {
+            if self.worker.progress() || self.worker.inbox().has_news() {
+                return;
+            }
+            match self.worker.arm() {
+                Ok(false) => continue,
+                Ok(true) => {
+                    self.watch();
+                    let deadline = self.door.deadline().map_or(deadline, |door| door.min(deadline));
+                    self.watched.sleep(&self.waker, deadline);
+                }
+                Err(error) => tracing::warn!(%error, "cannot sleep"),
+            }
+            break;
+        }
+        self.waker.take();
+        self.polls = SOCKETS_EVERY;
+    }
+
+    fn waker(&self) -> Arc<dyn Wake> {
+        Arc::clone(&self.waker) as Arc<dyn Wake>
+    }
+
+    fn stats(&self) -> TransportStats {
+        TransportStats {
+            bodies_in_use: self.window.in_use(),
+            channels: self.channels.iter().flatten().count(),
+            ..self.stats.clone()
+        }
+    }
+}
+
+impl UcxTransport {
+    /// Spins for as long as the limits say; whether there is something to poll for.
+    fn spin(&mut self, deadline: Instant) -> bool {
+        let until = Instant::now().checked_add(self.limits.spin_max).map_or(deadline, |until| until.min(deadline));
+        loop {
+            for _ in 0..SOCKETS_EVERY {
+                if self.worker.progress() || self.worker.inbox().has_news() || self.waker.take() {
+                    return true;
+                }
+                std::hint::spin_loop();
+            }
+            if self.worker.pending() > 0 && self.reap() {
+                return true;
+            }
+            self.watch();
+            if self.watched.look_beyond(1) {
+                self.polls = SOCKETS_EVERY;
+                return true;
+            }
+            if Instant::now() >= until {
+                return Instant::now() >= deadline;
+            }
+            // Others may have something to do on this processor, and be whom we wait for.
+            std::thread::yield_now();
+        }
+    }
+}
+
+impl Wrong {
+    fn into_error(self, peer: &str) -> TransportError {
+        match self {
+            Wrong::Frame(error) => TransportError::Frame { peer: peer.to_owned(), error },
+            Wrong::Number(number) => violation(format!("frame number {number} out of turn from {peer}")),
+            Wrong::Length { header, body } => {
+                violation(format!("a header of {peer} says {header} bytes and {body} came"))
+            }
+        }
+    }
+}
+
+/// A peer that broke the protocol.
+fn violation(what: impl Into<String>) -> TransportError {
+    let source = io::Error::new(io::ErrorKind::InvalidData, what.into());
+    TransportError::Io { what: "protocol violation", source }
+}
+
+/// A call into UCX that failed.
+fn failed(what: &'static str, error: UcxError) -> TransportError {
+    TransportError::Io { what, source: io::Error::other(error) }
+}
+
+/// UCX cannot be used on this machine.
+pub fn unavailable(error: UcxError) -> TransportError {
+    TransportError::Unavailable { kind: TransportKind::Ucx, why: error.to_string() }
+}

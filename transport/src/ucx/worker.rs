@@ -1,0 +1,408 @@
+//! A UCP worker: the one place that talks to UCX on the data path. Buffers are moved into an operation and come back
+//! when UCX is done with them, so no caller can free memory that UCX or a peer may still touch.
+
+use std::ffi::{c_int, c_void};
+use std::os::fd::RawFd;
+use std::time::{Duration, Instant};
+
+use ucx_sys as sys;
+
+use super::inbox::{self, Descriptor, HEAD_BYTES, Inbox, Token};
+use super::library::{Context, UcxError, check, status_words};
+use crate::buffer::FrameBuf;
+
+/// The active message that carries a frame.
+const AM_FRAME: u32 = 1;
+/// The active message that acknowledges frames.
+const AM_ACK: u32 = 2;
+/// How long a worker that goes waits for what it still has under way.
+const DRAIN_MAX: Duration = Duration::from_millis(50);
+
+/// The header of a message under way: UCX reads it until the message is sent, so it may not move.
+type Head = Box<[u8; HEAD_BYTES]>;
+
+/// An operation that owns its memory until UCX is done.
+struct Op {
+    request: *mut c_void,
+    channel: Token,
+    head: Option<Head>,
+    body: Option<FrameBuf>,
+    /// The frame's number, when this fetches one.
+    receives: Option<u64>,
+    /// Whether its body left the window.
+    parked: bool,
+}
+
+/// An operation that UCX is done with.
+#[derive(Debug)]
+pub enum Finished {
+    /// A send; its memory is free again.
+    Sent {
+        /// Whose.
+        channel: Token,
+        /// Why it failed, if it did.
+        error: Option<UcxError>,
+    },
+    /// A fetch of a remote body.
+    Received {
+        /// Whose.
+        channel: Token,
+        /// The frame's number.
+        number: u64,
+        /// The body, filled.
+        body: Result<FrameBuf, UcxError>,
+    },
+}
+
+/// One direction of a channel, towards the peer.
+#[derive(Debug)]
+pub struct Endpoint {
+    raw: sys::ucp_ep_h,
+    /// UCX itself watches the peer, and the endpoint may be closed with what is under way.
+    watched: bool,
+}
+
+// SAFETY: a handle without ties to a thread, that only the worker's owner passes back to UCX.
+unsafe impl Send for Endpoint {}
+
+impl Endpoint {
+    /// What the endpoint is called in [`Inbox::take_failed`].
+    pub fn address(&self) -> usize {
+        self.raw as usize
+    }
+}
+
+/// The worker, its context and what it has under way.
+pub struct Worker {
+    raw: sys::ucp_worker_h,
+    context: Context,
+    inbox: Box<Inbox>,
+    ops: Vec<Op>,
+    /// Heads to use again.
+    #[allow(clippy::vec_box)]
+    spare_heads: Vec<Head>,
+}
+
+// SAFETY: the worker is made in serialized mode, which lets one thread after another use it; every method takes `&mut self`
+// or only reads, the inbox is not handed out beyond `&self`, and UCX calls back only inside those methods. The raw pointers
+// are handles without ties to a thread.
+unsafe impl Send for Worker {}
+
+impl Worker {
+    /// A worker of `context` whose callbacks fill `inbox`.
+    pub fn new(context: Context, inbox: Inbox) -> Result<Self, UcxError> {
+        let inbox = Box::new(inbox);
+        // SAFETY: a C struct of integers and pointers, for which zero is a valid value.
+        let mut params: sys::ucp_worker_params_t = unsafe { std::mem::zeroed() };
+        params.field_mask = u64::from(sys::ucp_worker_params_field::UCP_WORKER_PARAM_FIELD_THREAD_MODE.0);
+        params.thread_mode = sys::ucs_thread_mode_t::UCS_THREAD_MODE_SERIALIZED;
+        let mut raw: sys::ucp_worker_h = std::ptr::null_mut();
+        // SAFETY: a live context, and parameters that outlive the call.
+        let status = unsafe { context.ucp.ucp_worker_create(context.raw, &raw const params, &raw mut raw) };
+        check(&context.ucp, "ucp_worker_create", status)?;
+        let worker = Self { raw, context, inbox, ops: Vec::new(), spare_heads: Vec::new() };
+        worker.handle(AM_FRAME, inbox::on_frame)?;
+        worker.handle(AM_ACK, inbox::on_ack)?;
+        Ok(worker)
+    }
+
+    fn handle(
+        &self,
+        id: u32,
+        callback: unsafe extern "C" fn(
+            *mut c_void,
+            *const c_void,
+            usize,
+            *mut c_void,
+            usize,
+            *const sys::ucp_am_recv_param_t,
+        ) -> sys::ucs_status_t,
+    ) -> Result<(), UcxError> {
+        use sys::ucp_am_handler_param_field as field;
+        let fields = field::UCP_AM_HANDLER_PARAM_FIELD_ID
+            | field::UCP_AM_HANDLER_PARAM_FIELD_CB
+            | field::UCP_AM_HANDLER_PARAM_FIELD_ARG
+            | field::UCP_AM_HANDLER_PARAM_FIELD_FLAGS;
+        let param = sys::ucp_am_handler_param_t {
+            field_mask: u64::from(fields.0),
+            id,
+            flags: sys::ucp_am_cb_flags::UCP_AM_FLAG_WHOLE_MSG.0,
+            cb: Some(callback),
+            arg: (&raw const *self.inbox).cast_mut().cast(),
+        };
+        // SAFETY: the callback has the C type, and its argument is boxed and outlives the worker (see `Drop`).
+        let status = unsafe { self.context.ucp.ucp_worker_set_am_recv_handler(self.raw, &raw const param) };
+        check(&self.context.ucp, "ucp_worker_set_am_recv_handler", status)
+    }
+
+    /// What the callbacks wrote.
+    pub fn inbox(&self) -> &Inbox {
+        &self.inbox
+    }
+
+    /// What a peer needs to make an endpoint to this worker.
+    pub fn address(&self) -> Result<Vec<u8>, UcxError> {
+        let mut address: *mut sys::ucp_address_t = std::ptr::null_mut();
+        let mut bytes = 0_usize;
+        // SAFETY: a live worker and two places to write to.
+        let status = unsafe { self.context.ucp.ucp_worker_get_address(self.raw, &raw mut address, &raw mut bytes) };
+        check(&self.context.ucp, "ucp_worker_get_address", status)?;
+        // SAFETY: on success, `bytes` readable bytes until they are released below.
+        let copy = unsafe { std::slice::from_raw_parts(address.cast::<u8>(), bytes) }.to_vec();
+        // SAFETY: got from this worker above, released once.
+        unsafe { self.context.ucp.ucp_worker_release_address(self.raw, address) };
+        Ok(copy)
+    }
+
+    /// The descriptor to sleep on once [`Self::arm`] said so.
+    pub fn event_fd(&self) -> Result<RawFd, UcxError> {
+        let mut fd: c_int = -1;
+        // SAFETY: a live worker, a place to write to; the descriptor stays UCX's.
+        let status = unsafe { self.context.ucp.ucp_worker_get_efd(self.raw, &raw mut fd) };
+        check(&self.context.ucp, "ucp_worker_get_efd", status)?;
+        Ok(fd)
+    }
+
+    /// Moves bytes and calls back; whether anything happened.
+    pub fn progress(&mut self) -> bool {
+        // SAFETY: a live worker, used by one thread as `&mut self` shows; the callbacks borrow only the inbox.
+        unsafe { self.context.ucp.ucp_worker_progress(self.raw) != 0 }
+    }
+
+    /// Asks for the event descriptor to become readable at the next event. False: something happened already, progress
+    /// and ask again.
+    pub fn arm(&mut self) -> Result<bool, UcxError> {
+        // SAFETY: a live worker.
+        let status = unsafe { self.context.ucp.ucp_worker_arm(self.raw) };
+        if status == sys::ucs_status_t::UCS_ERR_BUSY {
+            return Ok(false);
+        }
+        check(&self.context.ucp, "ucp_worker_arm", status).map(|()| true)
+    }
+
+    /// An endpoint to the worker at `address`. `watched`: UCX reports the peer's death, and uses no shared memory.
+    pub fn connect(&mut self, address: &[u8], watched: bool) -> Result<Endpoint, UcxError> {
+        use sys::ucp_ep_params_field as field;
+        // SAFETY: a C struct of integers and pointers, for which zero is a valid value.
+        let mut params: sys::ucp_ep_params_t = unsafe { std::mem::zeroed() };
+        let mut fields = field::UCP_EP_PARAM_FIELD_REMOTE_ADDRESS;
+        params.address = address.as_ptr().cast();
+        if watched {
+            fields = fields | field::UCP_EP_PARAM_FIELD_ERR_HANDLING_MODE | field::UCP_EP_PARAM_FIELD_ERR_HANDLER;
+            params.err_mode = sys::ucp_err_handling_mode_t::UCP_ERR_HANDLING_MODE_PEER;
+            params.err_handler.cb = Some(inbox::on_failed);
+            params.err_handler.arg = (&raw const *self.inbox).cast_mut().cast();
+        }
+        params.field_mask = u64::from(fields.0);
+        let mut raw: sys::ucp_ep_h = std::ptr::null_mut();
+        // SAFETY: the address came whole from an authenticated peer's own `ucp_worker_get_address` and outlives the call.
+        let status = unsafe { self.context.ucp.ucp_ep_create(self.raw, &raw const params, &raw mut raw) };
+        check(&self.context.ucp, "ucp_ep_create", status)?;
+        Ok(Endpoint { raw, watched })
+    }
+
+    /// Sends a frame; its memory is the operation's until it is [`Finished::Sent`], which is not reported when it is at
+    /// once.
+    pub fn send_frame(
+        &mut self,
+        to: &Endpoint,
+        channel: Token,
+        head: &[u8; HEAD_BYTES],
+        body: FrameBuf,
+    ) -> Result<(), UcxError> {
+        self.send(to, channel, AM_FRAME, head, Some(body))
+    }
+
+    /// Tells the peer, by its own `token`, how many of its frames were taken.
+    pub fn send_ack(&mut self, to: &Endpoint, channel: Token, token: Token, count: u64) -> Result<(), UcxError> {
+        let mut head = [0; inbox::PREFIX_BYTES];
+        head[..8].copy_from_slice(&token.0.to_le_bytes());
+        head[8..].copy_from_slice(&count.to_le_bytes());
+        self.send(to, channel, AM_ACK, &head, None)
+    }
+
+    fn send(
+        &mut self,
+        to: &Endpoint,
+        channel: Token,
+        id: u32,
+        head: &[u8],
+        body: Option<FrameBuf>,
+    ) -> Result<(), UcxError> {
+        let mut kept = self.spare_heads.pop().unwrap_or_else(|| Box::new([0; HEAD_BYTES]));
+        kept[..head.len()].copy_from_slice(head);
+        let bytes: &[u8] = body.as_deref().unwrap_or(&[]);
+        let param = host_memory();
+        // SAFETY: a live endpoint of this worker. Header and body stay where they are (a box, and the window's memory)
+        // until UCX completes the operation: `ops` holds both, or it is complete already.
+        let request = unsafe {
+            self.context.ucp.ucp_am_send_nbx(
+                to.raw,
+                id,
+                kept.as_ptr().cast(),
+                head.len(),
+                bytes.as_ptr().cast(),
+                bytes.len(),
+                &raw const param,
+            )
+        };
+        match self.started("ucp_am_send_nbx", request) {
+            Ok(true) => {
+                self.spare_heads.push(kept);
+                Ok(())
+            }
+            Ok(false) => {
+                self.ops.push(Op { request, channel, head: Some(kept), body, receives: None, parked: false });
+                Ok(())
+            }
+            Err(error) => Err(error),
+        }
+    }
+
+    /// Fetches a remote body; the filled buffer, or none when it comes as [`Finished::Received`].
+    pub fn receive(
+        &mut self,
+        channel: Token,
+        number: u64,
+        descriptor: Descriptor,
+        mut body: FrameBuf,
+    ) -> Result<Option<FrameBuf>, UcxError> {
+        let param = host_memory();
+        // SAFETY: the descriptor was kept for us by the callback and is given up here; the body's memory stays in place
+        // until UCX completes the operation: `ops` holds it, or it is complete already.
+        let request = unsafe {
+            self.context.ucp.ucp_am_recv_data_nbx(
+                self.raw,
+                descriptor.0,
+                body.as_mut_ptr().cast(),
+                body.len(),
+                &raw const param,
+            )
+        };
+        if self.started("ucp_am_recv_data_nbx", request)? {
+            return Ok(Some(body));
+        }
+        self.ops.push(Op { request, channel, head: None, body: Some(body), receives: Some(number), parked: false });
+        Ok(None)
+    }
+
+    /// Gives data back that UCX kept for us and nobody wants.
+    pub fn release(&mut self, descriptor: Descriptor) {
+        // SAFETY: kept for us by the callback, and given up here.
+        unsafe { self.context.ucp.ucp_am_data_release(self.raw, descriptor.0) };
+    }
+
+    /// Closes an endpoint without waiting. What is under way on a watched one is cancelled; on another it goes on, and
+    /// its memory with it.
+    pub fn close(&mut self, endpoint: Endpoint, channel: Token) -> Result<(), UcxError> {
+        // SAFETY: a C struct of integers and pointers, for which zero is a valid value.
+        let mut param: sys::ucp_request_param_t = unsafe { std::mem::zeroed() };
+        if endpoint.watched {
+            param.op_attr_mask = sys::ucp_op_attr_t::UCP_OP_ATTR_FIELD_FLAGS.0;
+            param.flags = sys::ucp_ep_close_flags_t::UCP_EP_CLOSE_FLAG_FORCE.0;
+        }
+        // SAFETY: a live endpoint of this worker, not used again.
+        let request = unsafe { self.context.ucp.ucp_ep_close_nbx(endpoint.raw, &raw const param) };
+        if !self.started("ucp_ep_close_nbx", request)? {
+            self.ops.push(Op { request, channel, head: None, body: None, receives: None, parked: false });
+        }
+        Ok(())
+    }
+
+    /// Whether an operation is complete at once, from what UCX returned for it.
+    fn started(&self, call: &'static str, request: *mut c_void) -> Result<bool, UcxError> {
+        // A pointer's worth of status: null is done, the last hundred addresses are errors, others are requests.
+        let value = request as isize;
+        if value == 0 {
+            return Ok(true);
+        }
+        if (isize::from(sys::ucs_status_t::UCS_ERR_LAST.0)..0).contains(&value) {
+            check(&self.context.ucp, call, sys::ucs_status_t(value as i8))?;
+        }
+        Ok(false)
+    }
+
+    /// Operations under way.
+    pub fn pending(&self) -> usize {
+        self.ops.len()
+    }
+
+    /// Sets the bodies under way on `channel`, which is gone, aside from the window, as long as no more than `parked_max`
+    /// are; how many there were. They are freed when UCX is done with them, or with the worker.
+    pub fn park(&mut self, channel: Token, parked_max: usize) -> usize {
+        let mut room = parked_max.saturating_sub(self.ops.iter().filter(|op| op.parked).count());
+        let mut found = 0;
+        for op in self.ops.iter_mut().filter(|op| op.channel == channel) {
+            let Some(body) = op.body.as_mut().filter(|body| !body.is_empty()) else { continue };
+            found += 1;
+            if room > 0 {
+                body.leave_window();
+                op.parked = true;
+                room -= 1;
+            }
+        }
+        found
+    }
+
+    /// Collects what UCX is done with.
+    pub fn reap(&mut self, finished: &mut Vec<Finished>) {
+        let mut at = 0;
+        while at < self.ops.len() {
+            // SAFETY: a request that UCX returned and that was not freed.
+            let status = unsafe { self.context.ucp.ucp_request_check_status(self.ops[at].request) };
+            if status == sys::ucs_status_t::UCS_INPROGRESS {
+                at += 1;
+                continue;
+            }
+            let op = self.ops.swap_remove(at);
+            // SAFETY: complete, and freed once as it left `ops`.
+            unsafe { self.context.ucp.ucp_request_free(op.request) };
+            finished.push(self.outcome(op, status));
+        }
+    }
+
+    fn outcome(&mut self, op: Op, status: sys::ucs_status_t) -> Finished {
+        self.spare_heads.extend(op.head);
+        let channel = op.channel;
+        match (op.receives, op.body) {
+            (Some(number), Some(body)) => {
+                let body = check(&self.context.ucp, "ucp_am_recv_data_nbx", status).map(|()| body);
+                Finished::Received { channel, number, body }
+            }
+            _ => Finished::Sent { channel, error: check(&self.context.ucp, "ucp_am_send_nbx", status).err() },
+        }
+    }
+
+    /// UCX's words for a status it gave a callback.
+    pub fn words(&self, status: i8) -> String {
+        status_words(&self.context.ucp, sys::ucs_status_t(status))
+    }
+}
+
+impl Drop for Worker {
+    fn drop(&mut self) {
+        let until = Instant::now() + DRAIN_MAX;
+        let mut finished = Vec::new();
+        while !self.ops.is_empty() && Instant::now() < until {
+            self.progress();
+            self.reap(&mut finished);
+            finished.clear();
+        }
+        for op in &self.ops {
+            // SAFETY: requests that UCX returned; one that is not complete goes with the worker, right below.
+            unsafe { self.context.ucp.ucp_request_free(op.request) };
+        }
+        // SAFETY: a live worker, not used again. The inbox and the operations' memory are fields, freed after this; the
+        // context is one too, and goes after its worker.
+        unsafe { self.context.ucp.ucp_worker_destroy(self.raw) };
+    }
+}
+
+/// The attributes of every operation: contiguous bytes in the host's memory, which spares UCX to find out.
+fn host_memory() -> sys::ucp_request_param_t {
+    // SAFETY: a C struct of integers and pointers, for which zero is a valid value.
+    let mut param: sys::ucp_request_param_t = unsafe { std::mem::zeroed() };
+    param.op_attr_mask = sys::ucp_op_attr_t::UCP_OP_ATTR_FIELD_MEMORY_TYPE.0;
+    param.memory_type = sys::ucs_memory_type_t::UCS_MEMORY_TYPE_HOST;
+    param
+}
