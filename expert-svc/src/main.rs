@@ -1,0 +1,123 @@
+//! The expert node's program.
+
+#![forbid(unsafe_code)]
+
+use std::path::PathBuf;
+use std::process::ExitCode;
+use std::time::Duration;
+
+use clap::Parser;
+use expert_svc::{EngineLimits, ExpertConfig, ExpertError, ExpertNode};
+use mesh_core::Slot;
+use mesh_kernels::Dtype;
+use mesh_proto::limits::SLOTS_MAX;
+use mesh_service::telemetry::LogArgs;
+use mesh_service::{config, shutdown};
+use mesh_transport::TransportChoice;
+
+/// An expert node: holds routed experts, answers rows.
+#[derive(Debug, Parser)]
+#[command(name = "expert-svc", version, about, max_term_width = 120)]
+struct Flags {
+    /// A Hugging Face checkpoint directory.
+    #[arg(long, env = "MESH_MODEL", value_name = "DIR")]
+    model: PathBuf,
+    /// The router.
+    #[arg(long, env = "MESH_ROUTER", value_name = "URI")]
+    router: String,
+    /// Where the data plane listens; port 0 takes a free one.
+    #[arg(long, env = "MESH_LISTEN", value_name = "ADDR", default_value = "127.0.0.1:0")]
+    listen: String,
+    /// The data plane: auto takes UCX where the machine has it, else TCP.
+    #[arg(long, env = "MESH_TRANSPORT", value_name = "auto|tcp|ucx", default_value = "auto", value_parser = transport)]
+    transport: TransportChoice,
+    /// The type that operands are held in; the same on every node.
+    #[arg(long, env = "MESH_DTYPE", value_name = "f32|bf16", default_value = "bf16")]
+    dtype: Dtype,
+    /// Compute threads; 0: one for each processor.
+    #[arg(long, env = "MESH_THREADS", value_name = "N", default_value_t = 0,
+          value_parser = clap::builder::RangedU64ValueParser::<usize>::new().range(..=1024))]
+    threads: usize,
+    /// The slot to have among the expert nodes; the lowest free one when absent.
+    #[arg(long, env = "MESH_SLOT", value_name = "N", value_parser = clap::value_parser!(u16).range(..SLOTS_MAX as i64))]
+    slot: Option<u16>,
+    /// A name for people.
+    #[arg(long, env = "MESH_NAME", default_value = "")]
+    name: String,
+    /// Bytes that experts may fill; 0: no limit.
+    #[arg(long, env = "MESH_CAPACITY_BYTES", value_name = "BYTES", default_value_t = 0)]
+    capacity_bytes: u64,
+    /// How long a frame may be held to be batched with others, microseconds; 0: not at all.
+    #[arg(long, env = "MESH_HOLD_US", value_name = "N", default_value_t = 0, value_parser = clap::value_parser!(u64).range(..=100_000))]
+    hold_us: u64,
+    /// How long the router may take to be up, seconds.
+    #[arg(long, env = "MESH_REGISTER_FOR", value_name = "SECONDS", default_value_t = ExpertConfig::REGISTER_FOR.as_secs())]
+    register_for: u64,
+    #[command(flatten)]
+    log: LogArgs,
+}
+
+/// A transport between processes.
+fn transport(name: &str) -> Result<TransportChoice, String> {
+    match name.parse()? {
+        TransportChoice::Local => Err("local joins roles of one process: use mesh-local, or tcp".into()),
+        choice => Ok(choice),
+    }
+}
+
+impl Flags {
+    fn config(self) -> ExpertConfig {
+        let limits = EngineLimits { hold_max: Duration::from_micros(self.hold_us), ..EngineLimits::default() };
+        ExpertConfig {
+            listen: self.listen,
+            transport: self.transport,
+            dtype: self.dtype,
+            threads: self.threads,
+            slot: self.slot.map(Slot),
+            name: self.name,
+            capacity_bytes: self.capacity_bytes,
+            register_for: Duration::from_secs(self.register_for),
+            limits,
+            ..ExpertConfig::new(self.model, self.router)
+        }
+    }
+}
+
+fn main() -> ExitCode {
+    let flags: Flags = config::parse();
+    if let Err(error) = flags.log.init() {
+        return config::refuse(&error);
+    }
+    let runtime = match tokio::runtime::Builder::new_current_thread().enable_all().build() {
+        Ok(runtime) => runtime,
+        Err(error) => {
+            tracing::error!(%error, "no runtime");
+            return ExitCode::FAILURE;
+        }
+    };
+    match runtime.block_on(serve(flags.config())) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) if error.is_configuration() => config::refuse(&error),
+        Err(error) => {
+            tracing::error!(%error, "expert node stopped");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+async fn serve(config: ExpertConfig) -> Result<(), ExpertError> {
+    let stop = shutdown::on_signals()?;
+    let node = tokio::select! {
+        node = ExpertNode::start(config) => node?,
+        () = stop.cancelled() => return Ok(()),
+    };
+    let ready = serde_json::json!({
+        "ready": "expert",
+        "slot": node.slot().0,
+        "node": node.id().0,
+        "pid": std::process::id(),
+        "addr": node.addr(),
+    });
+    mesh_service::ready::print(&ready.to_string());
+    node.serve(stop).await
+}
