@@ -1,11 +1,22 @@
 //! A request's text as it becomes certain, and the end of generation by stop strings.
 
+/// Why tokens cannot be made text: a defect of the tokenizer's files.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("the tokenizer cannot make text of the tokens: {0}")]
+pub struct DetokenizeError(pub String);
+
 /// Turns token ids into text, piece by piece; a piece never ends within a UTF-8 character.
 pub trait Detokenize: Send {
     /// The text that became certain with this token; often empty.
-    fn push(&mut self, token: u32) -> String;
+    ///
+    /// # Errors
+    /// [`DetokenizeError`].
+    fn push(&mut self, token: u32) -> Result<String, DetokenizeError>;
     /// What was still held back.
-    fn flush(&mut self) -> String;
+    ///
+    /// # Errors
+    /// [`DetokenizeError`].
+    fn flush(&mut self) -> Result<String, DetokenizeError>;
 }
 
 /// Cuts text at the first stop string, and holds back what could still become one.
@@ -87,9 +98,12 @@ impl TextOutput {
     }
 
     /// The text that became certain with this token.
-    pub fn push(&mut self, token: u32) -> String {
-        let piece = self.detokenizer.push(token);
-        self.filter.push(&piece)
+    ///
+    /// # Errors
+    /// [`DetokenizeError`].
+    pub fn push(&mut self, token: u32) -> Result<String, DetokenizeError> {
+        let piece = self.detokenizer.push(token)?;
+        Ok(self.filter.push(&piece))
     }
 
     /// Whether a stop string has ended the text.
@@ -98,11 +112,14 @@ impl TextOutput {
     }
 
     /// The rest of the text; nothing once a stop string has ended it.
-    pub fn finish(&mut self) -> String {
-        let rest = self.detokenizer.flush();
+    ///
+    /// # Errors
+    /// [`DetokenizeError`].
+    pub fn finish(&mut self) -> Result<String, DetokenizeError> {
+        let rest = self.detokenizer.flush()?;
         let mut text = self.filter.push(&rest);
         text.push_str(&self.filter.finish());
-        text
+        Ok(text)
     }
 }
 
@@ -154,29 +171,23 @@ mod tests {
     struct Bytes(Vec<u8>);
 
     impl Detokenize for Bytes {
-        fn push(&mut self, token: u32) -> String {
+        fn push(&mut self, token: u32) -> Result<String, DetokenizeError> {
             self.0.push(token as u8);
-            match std::str::from_utf8(&self.0) {
-                Ok(s) => {
-                    let s = s.to_owned();
-                    self.0.clear();
-                    s
-                }
-                Err(_) => String::new(),
-            }
+            let whole = String::from_utf8(self.0.clone()).inspect(|_| self.0.clear());
+            Ok(whole.unwrap_or_default())
         }
 
-        fn flush(&mut self) -> String {
-            String::from_utf8_lossy(&std::mem::take(&mut self.0)).into_owned()
+        fn flush(&mut self) -> Result<String, DetokenizeError> {
+            Ok(String::from_utf8_lossy(&std::mem::take(&mut self.0)).into_owned())
         }
     }
 
     #[test]
     fn an_incomplete_character_waits_for_its_rest_or_the_end() {
         let mut t = TextOutput::new(Box::new(Bytes(vec![])), vec![]);
-        let text: Vec<String> = "é".bytes().chain([0xc3]).map(|b| t.push(b.into())).collect();
+        let text: Vec<String> = "é".bytes().chain([0xc3]).map(|b| t.push(b.into()).unwrap()).collect();
         assert_eq!(text, ["", "é", ""]);
-        assert_eq!(t.finish(), "\u{fffd}");
+        assert_eq!(t.finish().unwrap(), "\u{fffd}");
     }
 
     proptest! {

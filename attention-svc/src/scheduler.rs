@@ -73,8 +73,8 @@ pub enum Refusal {
 #[derive(Debug)]
 struct Sequence {
     id: SequenceId,
+    /// Prompt, then output.
     tokens: Vec<u32>,
-    prompt: u32,
     /// Most tokens that may need K and V: the last token of the output is never computed.
     tokens_max: u32,
     computed: u32,
@@ -149,16 +149,8 @@ impl Scheduler {
         }
         let id = SequenceId(self.next_id);
         let score_end = if new.score_prompt { prompt - 1 } else { 0 };
-        let sequence = Sequence {
-            id,
-            tokens: new.prompt,
-            prompt,
-            tokens_max,
-            computed: 0,
-            pages: Vec::new(),
-            scored: 0,
-            score_end,
-        };
+        let sequence =
+            Sequence { id, tokens: new.prompt, tokens_max, computed: 0, pages: Vec::new(), scored: 0, score_end };
         self.waiting.push_back(sequence);
         self.admit();
         let waiting = self.waiting.len() as u32;

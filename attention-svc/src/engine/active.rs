@@ -91,10 +91,10 @@ impl Active {
     /// generation has ended.
     ///
     /// # Errors
-    /// `INTERNAL` when the logits are damaged; the listener is not told yet.
+    /// `INTERNAL` when the logits or the tokenizer are damaged; the listener is not told of that yet.
     pub fn choose(&mut self, logits: &[f32], sampler: &mut Sampler, eos: &[u32]) -> Result<Option<u32>, MeshError> {
         let chosen = sampler.choose(logits, &self.request.sampling, &self.seen, self.chosen);
-        let id = chosen.map_err(|e| MeshError::new(Code::Internal, format!("request {}: {e}", self.request.id)))?;
+        let id = chosen.map_err(|e| self.defect(&e))?;
         self.seen.push(id);
         self.chosen += 1;
         let mut token = scored(id, logits, self.request.logprobs);
@@ -102,7 +102,7 @@ impl Active {
             token.logits = logits.to_vec();
         }
         let ends = self.request.stop_token_ids.contains(&id) || (self.request.stop_at_eos && eos.contains(&id));
-        let text = if ends { String::new() } else { self.text.push(id) };
+        let text = if ends { String::new() } else { self.text.push(id).map_err(|e| self.defect(&e))? };
         let (prompt, routing) = (std::mem::take(&mut self.prompt), std::mem::take(&mut self.routing));
         self.tell(Ok(Event::Token(Box::new(Progress { token, text, prompt, routing }))));
         let reason = if ends || self.text.stopped() {
@@ -112,15 +112,15 @@ impl Active {
         } else {
             return Ok(Some(id));
         };
-        self.finish(reason);
-        Ok(None)
-    }
-
-    fn finish(&mut self, reason: FinishReason) {
-        let text = self.text.finish();
+        let text = self.text.finish().map_err(|e| self.defect(&e))?;
         // The last bytes can complete a stop string that nothing else did.
         let reason = if self.text.stopped() { FinishReason::Stop } else { reason };
         self.tell(Ok(Event::Finished { reason, text, completion_tokens: self.chosen }));
+        Ok(None)
+    }
+
+    fn defect(&self, what: &dyn std::fmt::Display) -> MeshError {
+        MeshError::new(Code::Internal, format!("request {}: {what}", self.request.id))
     }
 }
 

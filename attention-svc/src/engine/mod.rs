@@ -20,13 +20,14 @@ use std::time::{Duration, Instant};
 use mesh_core::view::View;
 use mesh_core::{LayerId, Slot, ViewId};
 use mesh_proto::{Code, MeshError};
+use mesh_service::membership::Evidence;
 use mesh_transport::Wake;
 use tokio::sync::{mpsc, oneshot};
 
 use crate::kv_blocks::KvBlocks;
 use crate::output::Detokenize;
 use crate::request::Request;
-use crate::runner::{RunError, Step, StepOutput};
+use crate::runner::{RunError, Runner, Step, StepOutput};
 use crate::sampling::Scored;
 use crate::scheduler::{Scheduler, SchedulerLimits};
 use worker::Worker;
@@ -63,6 +64,40 @@ pub trait ModelRunner: Send + 'static {
     fn waker(&self) -> Arc<dyn Wake>;
     /// Expert nodes seen lost since the last call.
     fn take_lost(&mut self) -> Vec<(Slot, String)>;
+}
+
+impl ModelRunner for Runner {
+    fn step(&mut self, step: &Step<'_>) -> Result<StepOutput, RunError> {
+        Runner::step(self, step)
+    }
+
+    fn prepare_view(&mut self, view: Arc<View>) -> Result<(), RunError> {
+        Runner::prepare_view(self, view)
+    }
+
+    fn commit_view(&mut self, id: ViewId) -> Result<(), RunError> {
+        Runner::commit_view(self, id)
+    }
+
+    fn abandon_view(&mut self, id: ViewId) {
+        Runner::abandon_view(self, id);
+    }
+
+    fn serving(&self) -> bool {
+        Runner::serving(self)
+    }
+
+    fn idle(&mut self, deadline: Instant) {
+        Runner::idle(self, deadline);
+    }
+
+    fn waker(&self) -> Arc<dyn Wake> {
+        Runner::waker(self)
+    }
+
+    fn take_lost(&mut self) -> Vec<(Slot, String)> {
+        Runner::take_lost(self)
+    }
 }
 
 /// How the engine works.
@@ -191,23 +226,12 @@ enum Command {
     Commit(ViewId, oneshot::Sender<Result<(), String>>),
 }
 
-/// What was seen of an expert node, under a view.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Lost {
-    /// The view in force.
-    pub view: ViewId,
-    /// The node's slot.
-    pub slot: Slot,
-    /// What was seen.
-    pub what: String,
-}
-
 /// A running engine.
 pub struct Engine {
     /// How it is spoken to.
     pub handle: EngineHandle,
     /// Expert nodes that it lost; those that find the queue full are logged only.
-    pub lost: mpsc::Receiver<Lost>,
+    pub lost: mpsc::Receiver<Evidence>,
     /// Completes when its thread has ended; with an error when by a panic.
     pub ended: oneshot::Receiver<()>,
 }

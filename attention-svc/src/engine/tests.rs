@@ -6,6 +6,7 @@ use mesh_core::NodeId;
 
 use super::*;
 use crate::fake::{FakeModel, PAGE, VOCAB, lone_logits};
+use crate::output::DetokenizeError;
 use crate::sampling::{Occurrences, Sampler, Sampling, logprobs};
 
 /// Longer than any of these waits takes on the slowest machine.
@@ -113,12 +114,12 @@ impl ModelRunner for FakeRunner {
 struct Letters;
 
 impl Detokenize for Letters {
-    fn push(&mut self, token: u32) -> String {
-        letter(token).to_string()
+    fn push(&mut self, token: u32) -> Result<String, DetokenizeError> {
+        Ok(letter(token).to_string())
     }
 
-    fn flush(&mut self) -> String {
-        String::new()
+    fn flush(&mut self) -> Result<String, DetokenizeError> {
+        Ok(String::new())
     }
 }
 
@@ -442,7 +443,7 @@ async fn a_lost_node_ends_the_steps_requests_with_its_name_and_is_reported() {
     let error = got.error.unwrap();
     assert_eq!((error.code, error.node.as_str()), (Code::NodeLost, "node-77"));
     let seen = tokio::time::timeout(PATIENCE, rig.engine.lost.recv()).await.unwrap().unwrap();
-    assert_eq!((seen.slot, seen.what.as_str()), (Slot(3), "closed"));
+    assert_eq!((seen.expert_slot, seen.what.as_str()), (Slot(3), "closed"));
     assert_eq!(whole(rig.submit(request(2, 3, 4))).await.ids(), lone(&request(2, 3, 4)), "the engine goes on");
     rig.assert_nothing_held().await;
     rig.stop().await;

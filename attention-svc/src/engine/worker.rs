@@ -7,10 +7,11 @@ use std::time::{Duration, Instant};
 
 use mesh_core::ViewId;
 use mesh_proto::{Code, MeshError};
+use mesh_service::membership::Evidence;
 use tokio::sync::mpsc;
 
 use super::active::Active;
-use super::{Command, EngineOptions, Event, Lost, ModelRunner, Shared, Submission, stopped};
+use super::{Command, EngineOptions, Event, ModelRunner, Shared, Submission, stopped};
 use crate::runner::{RunError, StepOutput};
 use crate::sampling::Sampler;
 use crate::scheduler::{Refusal, Scheduler, SequenceId, Share};
@@ -26,7 +27,7 @@ pub(super) struct Worker<R> {
     active: BTreeMap<SequenceId, Active>,
     sampler: Sampler,
     commands: mpsc::Receiver<Command>,
-    lost: mpsc::Sender<Lost>,
+    lost: mpsc::Sender<Evidence>,
     shared: Arc<Shared>,
     view: ViewId,
     /// Since when steps fail for want of a node, and how the first failure read.
@@ -39,7 +40,7 @@ impl<R: ModelRunner> Worker<R> {
         scheduler: Scheduler,
         options: EngineOptions,
         commands: mpsc::Receiver<Command>,
-        lost: mpsc::Sender<Lost>,
+        lost: mpsc::Sender<Evidence>,
         shared: Arc<Shared>,
     ) -> Self {
         let (active, sampler) = (BTreeMap::new(), Sampler::default());
@@ -264,7 +265,7 @@ impl<R: ModelRunner> Worker<R> {
     fn report_lost(&mut self) {
         for (slot, what) in self.runner.take_lost() {
             tracing::warn!(slot = slot.0, view = self.view.0, %what, "expert node lost");
-            let seen = Lost { view: self.view, slot, what };
+            let seen = Evidence { view: self.view, expert_slot: slot, what };
             if self.lost.try_send(seen).is_err() {
                 tracing::warn!(slot = slot.0, "the router is not told: too many reports wait");
             }

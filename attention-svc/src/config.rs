@@ -1,0 +1,126 @@
+//! What an attention node is started with.
+
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::Duration;
+
+use mesh_core::Slot;
+use mesh_kernels::Dtype;
+use mesh_transport::local::LocalHub;
+use mesh_transport::{Limits, TransportChoice};
+
+use crate::error::AttentionError;
+use crate::scheduler::SchedulerLimits;
+
+/// How large the KV cache is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum KvBudget {
+    /// As many pages as fit these bytes, but no more than all running requests can fill.
+    Bytes(u64),
+    /// So many pages.
+    Pages(u32),
+}
+
+/// What an attention node is started with.
+#[derive(Clone)]
+pub struct AttentionConfig {
+    /// A checkpoint directory.
+    pub model_dir: PathBuf,
+    /// The router, `http://host:port`.
+    pub router: String,
+    /// Where the node's gRPC listens, `host:port`; port 0 takes a free one.
+    pub listen: String,
+    /// Which transport to take.
+    pub transport: TransportChoice,
+    /// Where in-process peers meet; needed by the local transport alone.
+    pub hub: Option<Arc<LocalHub>>,
+    /// The compute dtype; the same on every node.
+    pub dtype: Dtype,
+    /// Compute threads; 0: one for each processor.
+    pub threads: usize,
+    /// The slot to have; `None`: the lowest free one.
+    pub slot: Option<Slot>,
+    /// A name for people.
+    pub name: String,
+    /// How large the KV cache is.
+    pub kv: KvBudget,
+    /// Bounds of steps and queues.
+    pub limits: SchedulerLimits,
+    /// Micro-batches that a step is cut into at most; also the number of lanes.
+    pub micro_batches: u16,
+    /// Rows below which a micro-batch is not cut further.
+    pub micro_batch_rows_min: usize,
+    /// How long an expert node's answer may take.
+    pub answer_max: Duration,
+    /// How long connecting to one expert node may take.
+    pub connect_max: Duration,
+    /// How long requests wait for a view that serves after a step failed for want of a node; zero: they end at once.
+    pub recovery_max: Duration,
+    /// How long the router may take to be up.
+    pub register_for: Duration,
+    /// How long streams may go on when the node is to stop.
+    pub drain_max: Duration,
+    /// Bounds of the data plane.
+    pub transport_limits: Limits,
+}
+
+impl AttentionConfig {
+    /// Bytes of KV cache unless said otherwise.
+    pub const KV_BYTES: u64 = 512 << 20;
+    /// Bounds of steps and queues unless said otherwise.
+    pub const LIMITS: SchedulerLimits = SchedulerLimits {
+        step_tokens_max: 512,
+        prefill_chunk: 256,
+        scored_rows_max: 64,
+        running_max: 256,
+        waiting_max: 1024,
+    };
+    /// Micro-batches of a step unless said otherwise: one computes while the other is away.
+    pub const MICRO_BATCHES: u16 = 2;
+    /// How long the router may take to be up unless said otherwise.
+    pub const REGISTER_FOR: Duration = Duration::from_secs(30);
+
+    /// A node with everything but its model and its router left at what is usual.
+    pub fn new(model_dir: impl Into<PathBuf>, router: impl Into<String>) -> Self {
+        Self {
+            model_dir: model_dir.into(),
+            router: router.into(),
+            listen: "127.0.0.1:0".into(),
+            transport: TransportChoice::Auto,
+            hub: None,
+            dtype: Dtype::Bf16,
+            threads: 0,
+            slot: None,
+            name: String::new(),
+            kv: KvBudget::Bytes(Self::KV_BYTES),
+            limits: Self::LIMITS,
+            micro_batches: Self::MICRO_BATCHES,
+            micro_batch_rows_min: 32,
+            answer_max: Duration::from_secs(10),
+            connect_max: Duration::from_secs(5),
+            recovery_max: Duration::ZERO,
+            register_for: Self::REGISTER_FOR,
+            drain_max: Duration::from_secs(5),
+            transport_limits: Limits::default(),
+        }
+    }
+
+    /// Refuses what cannot be run.
+    ///
+    /// # Errors
+    /// [`AttentionError::Config`].
+    pub fn validate(&self) -> Result<(), AttentionError> {
+        let least_one = [
+            ("--step-tokens-max", u64::from(self.limits.step_tokens_max)),
+            ("--prefill-chunk", u64::from(self.limits.prefill_chunk)),
+            ("--waiting-max", u64::from(self.limits.waiting_max)),
+            ("--running-max", u64::from(self.limits.running_max)),
+            ("scored_rows_max", u64::from(self.limits.scored_rows_max)),
+            ("--micro-batches", u64::from(self.micro_batches)),
+        ];
+        match least_one.iter().find(|(_, value)| *value == 0) {
+            Some((flag, _)) => Err(AttentionError::Config { flag, what: "0 computes nothing; give at least 1".into() }),
+            None => Ok(()),
+        }
+    }
+}
