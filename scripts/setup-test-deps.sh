@@ -3,6 +3,8 @@
 # install, it says so, and the tests of that transport say so again.
 set -euo pipefail
 
+# ldconfig is not on every user's path.
+PATH=$PATH:/usr/sbin:/sbin
 has_ucx() { ldconfig -p 2>/dev/null | grep -q 'libucp\.so\.0'; }
 install() {
   export DEBIAN_FRONTEND=noninteractive
