@@ -8,10 +8,10 @@
 //! - [`Compute`]: the trait that a backend implements
 //! - [`rows`]: matrices of rows in the compute dtype, borrowed out of wire buffers or scratch
 //! - [`kv`]: the paged KV cache
-//! - [`reference`]: readable, slow, the oracle
+//! - [`mod@reference`]: readable, slow, the oracle
 //! - [`cpu`]: SIMD chosen at run time, threads
 //! - `matrix`: packed weights; `memory`: aligned storage; `bf16`: the one rounding; `pointwise`: norms, rotation and
-//!   combine, which every backend shares; `checks`: the entry checks of every kernel
+//!   combine, which every backend shares; `checks`: the entry checks of every kernel; `error`: what start-up refuses
 
 mod bf16;
 mod checks;

@@ -9,7 +9,7 @@ mod pointwise;
 
 use mesh_kernels::cpu::{Cpu, CpuOptions, Isa};
 use mesh_kernels::rows::{MatrixView, RowBuf};
-use mesh_kernels::{Compute, Dtype};
+use mesh_kernels::{Compute, Dtype, FfnGroup};
 
 pub(crate) const DTYPES: [Dtype; 2] = [Dtype::F32, Dtype::Bf16];
 
@@ -96,4 +96,37 @@ fn an_instruction_set_that_the_machine_lacks_is_refused_by_name() {
 fn a_backend_names_what_it_runs_on() {
     let cpu = Cpu::new(CpuOptions { dtype: Dtype::Bf16, threads: 2, isa: Some(Isa::Portable) }).unwrap();
     assert_eq!(cpu.name(), "cpu portable bf16 threads=2");
+}
+
+#[test]
+fn callers_on_several_threads_share_a_backend_and_get_their_own_bits() {
+    // Large enough that each call is shared among the backend's threads too.
+    let (rows, hidden, intermediate) = (40, 256, 192);
+    for dtype in DTYPES {
+        for cpu in backends(dtype, 3) {
+            let stored = [(intermediate, hidden, 1), (intermediate, hidden, 2), (hidden, intermediate, 3)]
+                .map(|(n, k, seed)| Stored::noise(n, k, seed));
+            let ffn = cpu.pack_ffn(stored[0].view(), stored[1].view(), stored[2].view());
+            let run = |seed: u64| {
+                let x = rows_of(&cpu, hidden, &Noise::new(seed).values(rows * hidden));
+                let mut out = RowBuf::new(dtype, rows, hidden).unwrap();
+                let row_bytes = hidden * dtype.bytes();
+                let places = out.as_rows_mut().bytes.chunks_mut(row_bytes).collect();
+                let x = (0..rows).map(|row| x.as_rows().row(row)).collect();
+                cpu.ffn(&mut [FfnGroup { weights: &ffn, x, out: places }]);
+                out.as_rows().to_f32()
+            };
+            let want: Vec<Vec<f32>> = (0..4).map(run).collect();
+            std::thread::scope(|scope| {
+                for (seed, want) in want.iter().enumerate() {
+                    let (run, name) = (&run, cpu.name());
+                    scope.spawn(move || {
+                        for _ in 0..10 {
+                            assert_same_bits(&name, &run(seed as u64), want);
+                        }
+                    });
+                }
+            });
+        }
+    }
 }
