@@ -1,13 +1,12 @@
 //! `router-svc`: the router as a process of its own.
 
-use std::io::Write;
 use std::net::SocketAddr;
 use std::process::ExitCode;
 use std::time::Duration;
 
 use clap::Parser;
 use mesh_service::telemetry::LogArgs;
-use mesh_service::{config, shutdown};
+use mesh_service::{config, ready, shutdown};
 use router_svc::RouterConfig;
 use tokio::net::TcpListener;
 
@@ -61,9 +60,7 @@ async fn run(flags: Flags, router: RouterConfig) -> Result<(), Box<dyn std::erro
     let addr = listener.local_addr()?;
     tracing::info!(%addr, ?router, "router listening");
     let ready = serde_json::json!({ "ready": "router", "grpc": addr.to_string() });
-    let mut stdout = std::io::stdout();
-    writeln!(stdout, "{ready}")?;
-    stdout.flush()?;
+    ready::print(&ready.to_string());
     router_svc::serve(router, listener, stop.cancelled_owned()).await?;
     tracing::info!("router stopped");
     Ok(())
