@@ -10,7 +10,7 @@ INCLUDE="${INCLUDE:-/usr/include}"
 FUNCTIONS='ucp_(get_version|init_version|cleanup|config_read|config_modify|config_release'
 FUNCTIONS="$FUNCTIONS"'|worker_(create|destroy|query|get_address|release_address|get_efd|arm|signal|progress|set_am_recv_handler)'
 FUNCTIONS="$FUNCTIONS"'|context_print_info|ep_(create|close_nbx)|am_(send_nbx|recv_data_nbx|data_release)|request_(check_status|free|cancel))'
-FUNCTIONS="$FUNCTIONS"'|ucs_status_string'
+FUNCTIONS="$FUNCTIONS"'|ucs_status_string|ucs_global_opts_set_value'
 
 bindgen \
     --rust-target 1.90 --rust-edition 2024 \

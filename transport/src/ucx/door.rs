@@ -210,7 +210,10 @@ impl Door {
                 let until = deadline.min(begun + self.handshake_max);
                 let from = addr.to_owned();
                 let mut guest = Guest { stream, from, token: Some(token), handshake, until };
-                let (identity, theirs) = guest.finish(begun)?;
+                let (identity, theirs) = guest.finish(begun).inspect_err(|_| {
+                    // The refusal, as far as it fits at once.
+                    let _ = (&guest.stream).write(guest.handshake.output());
+                })?;
                 guest.enter(&self.greeting, identity, theirs).ok_or(HandshakeError::Busy)
             })
             .map_err(|error| match error {

@@ -76,10 +76,24 @@ pub fn open(dir: Option<&Path>) -> Result<Arc<sys::Ucp>, UcxError> {
         Some(opened) => Err(UcxError::OtherFolder { open: opened.dir.clone(), asked: dir.map(Path::to_owned) }),
         None => {
             let ucp = sys::Ucp::open(dir).map_err(|error| UcxError::NotFound { reason: words_of(&error) })?;
+            quieten(&ucp);
             let ucp = Arc::new(ucp);
             *opened = Some(Opened { dir: dir.map(Path::to_owned), ucp: Arc::clone(&ucp) });
             Ok(ucp)
         }
+    }
+}
+
+/// Keeps UCX from printing to standard output whatever happens to a peer: all of it comes back as statuses, and is told of
+/// by name. Whoever sets UCX_LOG_LEVEL gets what it says.
+fn quieten(ucp: &sys::Ucp) {
+    if std::env::var_os("UCX_LOG_LEVEL").is_some() {
+        return;
+    }
+    // SAFETY: two nul-terminated strings, which are parsed and not kept; nothing else uses the library yet.
+    let status = unsafe { ucp.ucs_global_opts_set_value(c"LOG_LEVEL".as_ptr(), c"fatal".as_ptr()) };
+    if let Err(error) = check(ucp, "ucs_global_opts_set_value", status) {
+        tracing::debug!(%error, "ucx will print its own messages");
     }
 }
 

@@ -5,8 +5,13 @@
 mod conformance;
 mod support;
 mod tcp_strangers;
+mod ucx_cases;
 
 use mesh_transport::TransportKind;
 
 conformance::suite!(local, TransportKind::Local);
 conformance::suite!(tcp, TransportKind::Tcp);
+conformance::suite!(ucx, match ucx_cases::kind() {
+    Some(kind) => kind,
+    None => return,
+});

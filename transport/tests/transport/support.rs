@@ -206,5 +206,15 @@ fn echo(mut transport: Box<dyn Transport>, stop: &AtomicBool) -> Box<dyn Transpo
         transport.wait(Instant::now() + PATIENCE);
     }
     drop(asked);
+    settle(&mut transport);
     transport
+}
+
+/// Lets the transport notice that what it sent has arrived, which frees bodies that a peer fetched.
+fn settle(transport: &mut Box<dyn Transport>) {
+    let deadline = Instant::now() + PATIENCE / 10;
+    while transport.stats().bodies_in_use > 0 && Instant::now() < deadline {
+        transport.poll(&mut Vec::new());
+        transport.wait(Instant::now() + Duration::from_millis(5));
+    }
 }

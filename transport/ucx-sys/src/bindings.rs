@@ -785,6 +785,8 @@ pub struct Ucp {
     pub ucp_request_check_status: unsafe extern "C" fn(request: *mut ::core::ffi::c_void) -> ucs_status_t,
     pub ucp_request_cancel: unsafe extern "C" fn(worker: ucp_worker_h, request: *mut ::core::ffi::c_void),
     pub ucp_request_free: unsafe extern "C" fn(request: *mut ::core::ffi::c_void),
+    pub ucs_global_opts_set_value:
+        unsafe extern "C" fn(name: *const ::core::ffi::c_char, value: *const ::core::ffi::c_char) -> ucs_status_t,
 }
 impl Ucp {
     pub unsafe fn new<P>(path: P) -> Result<Self, ::libloading::Error>
@@ -827,6 +829,7 @@ impl Ucp {
         let ucp_request_check_status = unsafe { __library.get(b"ucp_request_check_status\0") }.map(|sym| *sym)?;
         let ucp_request_cancel = unsafe { __library.get(b"ucp_request_cancel\0") }.map(|sym| *sym)?;
         let ucp_request_free = unsafe { __library.get(b"ucp_request_free\0") }.map(|sym| *sym)?;
+        let ucs_global_opts_set_value = unsafe { __library.get(b"ucs_global_opts_set_value\0") }.map(|sym| *sym)?;
         Ok(Ucp {
             __library,
             ucs_status_string,
@@ -855,6 +858,7 @@ impl Ucp {
             ucp_request_check_status,
             ucp_request_cancel,
             ucp_request_free,
+            ucs_global_opts_set_value,
         })
     }
     pub unsafe fn ucs_status_string(&self, status: ucs_status_t) -> *const ::core::ffi::c_char {
@@ -991,5 +995,12 @@ impl Ucp {
     }
     pub unsafe fn ucp_request_free(&self, request: *mut ::core::ffi::c_void) {
         unsafe { (self.ucp_request_free)(request) }
+    }
+    pub unsafe fn ucs_global_opts_set_value(
+        &self,
+        name: *const ::core::ffi::c_char,
+        value: *const ::core::ffi::c_char,
+    ) -> ucs_status_t {
+        unsafe { (self.ucs_global_opts_set_value)(name, value) }
     }
 }
