@@ -146,6 +146,9 @@ fn floats(bytes: &[u8]) -> Vec<f32> {
     bytes.chunks_exact(4).map(|b| f32::from_le_bytes(b.try_into().unwrap())).collect()
 }
 
+/// A row to send: its seed, and the experts that it wants.
+type Row<'a> = (u32, &'a [u16]);
+
 /// A row that no other seed gives.
 fn row(seed: u32) -> Vec<u8> {
     let values = (0..192u32).map(|i| ((i * 37 + seed * 101) % 97) as f32 / 48.0 - 1.0);
@@ -160,7 +163,7 @@ struct Attention {
 }
 
 impl Attention {
-    fn header(&mut self, view: u64, layer: u16, rows: &[(u32, &[u16])]) -> FrameHeader {
+    fn header(&mut self, view: u64, layer: u16, rows: &[Row<'_>]) -> FrameHeader {
         self.seq += 1;
         let pairs: usize = rows.iter().map(|(_, experts)| experts.len()).sum();
         FrameHeader {
@@ -179,7 +182,7 @@ impl Attention {
         }
     }
 
-    fn body(&mut self, header: &FrameHeader, rows: &[(u32, &[u16])]) -> FrameBuf {
+    fn body(&mut self, header: &FrameHeader, rows: &[Row<'_>]) -> FrameBuf {
         let mut body = self.transport.buffer(header.body_bytes as usize).unwrap();
         let counts: Vec<u16> = rows.iter().map(|(_, experts)| experts.len() as u16).collect();
         let experts: Vec<ExpertId> = rows.iter().flat_map(|(_, e)| e.iter().map(|e| ExpertId(*e))).collect();
@@ -192,12 +195,12 @@ impl Attention {
     }
 
     /// Sends rows (a seed and the experts wanted) and gives the header back.
-    fn dispatch(&mut self, view: u64, layer: u16, rows: &[(u32, &[u16])]) -> FrameHeader {
+    fn dispatch(&mut self, view: u64, layer: u16, rows: &[Row<'_>]) -> FrameHeader {
         let header = self.header(view, layer, rows);
         self.send(header, rows)
     }
 
-    fn send(&mut self, header: FrameHeader, rows: &[(u32, &[u16])]) -> FrameHeader {
+    fn send(&mut self, header: FrameHeader, rows: &[Row<'_>]) -> FrameHeader {
         let body = self.body(&header, rows);
         self.transport.send(self.channel, &header, body).unwrap();
         header
@@ -241,7 +244,7 @@ impl Attention {
 fn every_pair_is_answered_in_order_with_what_its_expert_says_to_its_row() {
     let mut rig = Rig::serving();
     let mut attention = rig.attention(0);
-    let rows: [(u32, &[u16]); 3] = [(5, &[0, 3]), (6, &[1]), (7, &[0, 2])];
+    let rows: [Row<'_>; 3] = [(5, &[0, 3]), (6, &[1]), (7, &[0, 2])];
     let sent = attention.dispatch(1, 2, &rows);
     rig.turn();
     let (answer, body) = attention.answer();
@@ -264,9 +267,9 @@ fn every_pair_is_answered_in_order_with_what_its_expert_says_to_its_row() {
 fn rows_batched_over_nodes_and_layers_get_the_same_bits_as_alone() {
     let mut rig = Rig::serving();
     let (mut a, mut b) = (rig.attention(0), rig.attention(1));
-    let (of_a, of_b): ([(u32, &[u16]); 2], [(u32, &[u16]); 2]) = ([(5, &[0, 3]), (6, &[1])], [(7, &[0, 1]), (8, &[3])]);
+    let (of_a, of_b): ([Row<'_>; 2], [Row<'_>; 2]) = ([(5, &[0, 3]), (6, &[1])], [(7, &[0, 1]), (8, &[3])]);
     let mut alone = Vec::new();
-    let mut lone = |attention: &mut Attention, rows: &[(u32, &[u16])], layer| {
+    let mut lone = |attention: &mut Attention, rows: &[Row<'_>], layer| {
         attention.dispatch(1, layer, rows);
         rig.turn();
         alone.push(attention.answer().1.to_vec());
@@ -308,7 +311,7 @@ fn what_cannot_be_answered_is_refused_with_its_reason_and_the_channel_goes_on() 
     rig.turn();
     attention.is_refused(&narrow, AbortReason::WrongRowBytes);
     // 33 rows of 2 pairs: the dispatch fits a frame, the answer does not.
-    let many: Vec<(u32, &[u16])> = (0..33).map(|i| (i, &[0u16, 1][..])).collect();
+    let many: Vec<Row<'_>> = (0..33).map(|i| (i, &[0u16, 1][..])).collect();
     let large = attention.dispatch(1, 0, &many);
     rig.turn();
     attention.is_refused(&large, AbortReason::Overloaded);
@@ -319,8 +322,9 @@ fn what_cannot_be_answered_is_refused_with_its_reason_and_the_channel_goes_on() 
 
 #[test]
 fn what_cannot_be_trusted_closes_its_channel_and_no_other() {
-    let rows: [(u32, &[u16]); 2] = [(1, &[0, 3]), (2, &[1])];
-    let twist: [(&str, fn(&mut FrameHeader, &mut [u8])); 6] = [
+    let rows: [Row<'_>; 2] = [(1, &[0, 3]), (2, &[1])];
+    type Twist = fn(&mut FrameHeader, &mut [u8]);
+    let twists: [(&str, Twist); 6] = [
         ("experts out of order", |_, body| body[4..8].copy_from_slice(&[3, 0, 0, 0])),
         ("a row without experts", |_, body| body[..4].copy_from_slice(&[3, 0, 0, 0])),
         ("pairs that do not add up", |_, body| body[..4].copy_from_slice(&[9, 0, 9, 0])),
@@ -334,7 +338,7 @@ fn what_cannot_be_trusted_closes_its_channel_and_no_other() {
     ];
     let mut rig = Rig::serving();
     let mut bystander = rig.attention(5);
-    for (i, (what, twist)) in twist.into_iter().enumerate() {
+    for (i, (what, twist)) in twists.into_iter().enumerate() {
         let mut attention = rig.attention(0);
         attention.is_served(&mut rig, 1);
         let mut header = attention.header(1, 0, &rows);
@@ -460,7 +464,7 @@ fn an_abandoned_view_leaves_the_one_in_force() {
 fn nobody_waits_behind_one_node_that_sends_much() {
     let mut rig = Rig::serving();
     let (mut busy, mut quiet) = (rig.attention(0), rig.attention(1));
-    let much: Vec<(u32, &[u16])> = (0..40).map(|i| (i, &[0u16][..])).collect();
+    let much: Vec<Row<'_>> = (0..40).map(|i| (i, &[0u16][..])).collect();
     for _ in 0..4 {
         busy.dispatch(1, 0, &much);
     }
