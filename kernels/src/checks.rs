@@ -83,3 +83,17 @@ pub(crate) fn attention(
 pub(crate) fn first_visible(position: u32, window: Option<u32>) -> u32 {
     window.map_or(0, |window| (position + 1).saturating_sub(window))
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_window_of_n_shows_a_token_itself_and_the_n_minus_one_before_it() {
+        assert_eq!(first_visible(5, None), 0);
+        assert_eq!(first_visible(5, Some(1)), 5);
+        assert_eq!(first_visible(5, Some(3)), 3);
+        assert_eq!(first_visible(5, Some(6)), 0);
+        assert_eq!(first_visible(5, Some(u32::MAX)), 0);
+    }
+}

@@ -20,6 +20,8 @@ pub(crate) struct Kernels {
     pub narrow: unsafe fn(Dtype, &[f32], &mut [u8]),
     #[cfg(test)]
     pub exp: unsafe fn(&mut [f32; LANES]),
+    #[cfg(test)]
+    pub store_bf16: unsafe fn(&[f32; LANES], &mut [u16; LANES]),
     pub spin: unsafe fn(Dtype, u64) -> f32,
     pub read: unsafe fn(&[u8]) -> f32,
 }
@@ -154,6 +156,17 @@ macro_rules! entries {
                 super::exp(unsafe { $assume }, x);
             }
 
+            #[cfg(test)]
+            $(#[target_feature(enable = $features)])?
+            #[allow(unused_unsafe)]
+            fn store_bf16(x: &[f32; LANES], out: &mut [u16; LANES]) {
+                // SAFETY: as above; both hold sixteen lanes.
+                unsafe {
+                    let s = $assume;
+                    s.store_bf16(out.as_mut_ptr(), s.load(x.as_ptr()));
+                }
+            }
+
             $(#[target_feature(enable = $features)])?
             #[allow(unused_unsafe)]
             fn spin(dtype: Dtype, rounds: u64) -> f32 {
@@ -178,6 +191,8 @@ macro_rules! entries {
                 narrow,
                 #[cfg(test)]
                 exp,
+                #[cfg(test)]
+                store_bf16,
                 spin,
                 read,
             };
@@ -219,6 +234,20 @@ mod tests {
                 let error = (f64::from(got) - want).abs() / want;
                 assert!(error < 2.0 * f64::from(f32::EPSILON), "{isa}: exp({x}) = {got}, not {want}");
                 assert_eq!(got.to_bits(), exp(isa, x, 0).to_bits());
+            }
+        }
+    }
+
+    #[test]
+    fn vectors_round_to_bf16_as_single_values_do() {
+        for isa in Isa::ALL.into_iter().filter(|isa| isa.is_available()) {
+            for high in 0..=u16::MAX {
+                let lows = [0u32, 1, 0x7fff, 0x8000, 0x8001, 0xffff];
+                let x = std::array::from_fn(|i| f32::from_bits((u32::from(high) << 16) | lows[i % lows.len()]));
+                let mut got = [0u16; LANES];
+                // SAFETY: only asked for available instruction sets.
+                unsafe { (Kernels::of(isa).store_bf16)(&x, &mut got) };
+                assert_eq!(got, x.map(crate::bf16::narrow), "{isa}: {high:#x}");
             }
         }
     }

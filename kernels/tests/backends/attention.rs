@@ -116,6 +116,18 @@ fn a_window_hides_what_lies_before_it() {
 }
 
 #[test]
+fn a_window_of_one_gives_back_the_tokens_own_value() {
+    for dtype in DTYPES {
+        let case = Case::new(70, 2, 2, 16, Some(1));
+        let own = crate::rows_of(&Reference::new(dtype), 32, &case.v).as_rows().to_f32();
+        assert_same_bits("reference", &case.whole(&Reference::new(dtype)), &own);
+        for cpu in backends(dtype, 1) {
+            assert_same_bits(&cpu.name(), &case.whole(&cpu), &own);
+        }
+    }
+}
+
+#[test]
 fn prefill_chunks_and_single_tokens_give_the_same_bits() {
     for dtype in DTYPES {
         for window in [None, Some(20)] {
