@@ -1,7 +1,7 @@
 //! Frames between the nodes of one process: bodies are moved, never copied.
 //!
 //! # Layout
-//! - [`hub`](self::hub): names to listeners, and the handshake with one
+//! - [`hub`]: names to listeners, and the handshake with one
 //! - `inbox`: what waits for a transport's thread, and its sleep
 
 pub mod hub;

@@ -1,1 +1,0 @@
-//! Benchmarks that print each figure beside the machine's own limit.
