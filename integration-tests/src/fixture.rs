@@ -5,6 +5,8 @@ use std::path::{Path, PathBuf};
 use safetensors::{Dtype, SafeTensors};
 use serde_json::Value;
 
+use crate::checkpoint::Copy;
+
 /// Every public fixture of the families that are served.
 pub const PUBLIC: [&str; 9] = [
     "mixtral-8e-top2",
@@ -50,6 +52,8 @@ pub struct Fixture {
     pub model: PathBuf,
     /// What the reference computed, by prompt.
     pub prompts: Vec<Golden>,
+    /// A copy whose context takes every golden, where the published one does not.
+    copy: Option<Copy>,
 }
 
 /// What the reference computed for a prompt.
@@ -93,7 +97,26 @@ impl Fixture {
         let prompts = golden["prompts"].as_array().expect("prompts").iter().enumerate();
         let prompts = prompts.map(|(i, prompt)| Golden::read(prompt, &tensors, i)).collect();
         let name = model.file_name().map(|n| n.to_string_lossy().into_owned()).unwrap_or_default();
-        Self { name, model: model.to_owned(), prompts }
+        Self { name, model: model.to_owned(), prompts, copy: None }.with_room()
+    }
+
+    /// The reference does not hold itself to `max_position_embeddings`; the mesh does. A golden that goes past it is run on
+    /// a copy that names a larger context, which changes nothing else: no rope of the public fixtures depends on it.
+    fn with_room(mut self) -> Self {
+        let needed = self.prompts.iter().map(|p| p.ids.len() + p.tokens.len()).max().unwrap_or(0);
+        let config = std::fs::read(self.model.join("config.json")).expect("config.json");
+        let config: Value = serde_json::from_slice(&config).expect("config.json is JSON");
+        if config["max_position_embeddings"].as_u64().is_some_and(|context| context < needed as u64) {
+            let copy = Copy::of(&self.model).config(|c| c["max_position_embeddings"] = needed.into());
+            self.model = copy.path().to_owned();
+            self.copy = Some(copy);
+        }
+        self
+    }
+
+    /// Whether it is run on a copy with a larger context than published.
+    pub fn is_copy(&self) -> bool {
+        self.copy.is_some()
     }
 }
 

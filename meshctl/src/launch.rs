@@ -163,6 +163,7 @@ fn node_args(args: &UpArgs, router: &str, group: Group, slot: u16) -> Vec<String
         ("--transport", transport),
         ("--threads", threads(args).to_string()),
         ("--slot", slot.to_string()),
+        ("--name", format!("{}-{slot}", group.name())),
         ("--log", args.log.clone()),
     ];
     pairs.extend(args.dtype.map(|dtype| ("--dtype", spelled(dtype))));

@@ -77,6 +77,7 @@ fn local_args(args: &UpArgs) -> Vec<String> {
         ("--transport", spelled(args.transport)),
         ("--grpc", args.grpc.to_string()),
         ("--threads", launch::threads(args).to_string()),
+        ("--start-timeout", args.start_timeout.as_secs().max(1).to_string()),
         ("--log", args.log.clone()),
     ];
     pairs.extend(args.dtype.map(|dtype| ("--dtype", spelled(dtype))));

@@ -17,7 +17,7 @@ use mesh_proto::{Code, MeshError};
 use tokio::process::Command;
 use tokio::task::JoinHandle;
 
-const BYSTANDER_TOKENS: u32 = 300;
+const BYSTANDER_TOKENS: u32 = 900;
 
 /// A stream that runs while bad things happen to others.
 struct Bystander(JoinHandle<Result<Generation, MeshError>>, Vec<u32>);
@@ -122,19 +122,21 @@ async fn a_node_that_does_not_belong_is_refused_and_the_mesh_serves_on() {
     let other = fixture::shipped("qwen3moe-v5config");
     let other_model = refused_node("expert-svc", mesh.grpc(), &other, &[]).await;
     assert!(other_model.contains("model"), "the other model is named: {other_model}");
-    let error = register_as_version("0.0.0-other", mesh.grpc()).await;
+    let error = register_as_version("0.0.0-other", &mesh).await;
     assert_eq!(error.code, Code::VersionMismatch, "{error}");
     bystander.assert_untouched().await;
     assert_eq!(mesh.status().await.nodes.len(), 3, "nobody joined");
 }
 
-async fn register_as_version(version: &str, grpc: &str) -> MeshError {
-    let mut control = ControlClient::connect(format!("http://{grpc}")).await.expect("the router answers");
+async fn register_as_version(version: &str, mesh: &Mesh) -> MeshError {
+    let model = mesh.status().await.model;
+    let mut control = ControlClient::connect(format!("http://{}", mesh.grpc())).await.expect("the router answers");
     let request = RegisterRequest {
         role: NodeRole::Expert as i32,
         name: "stranger".to_owned(),
         version: version.to_owned(),
         model_digest: vec![0; 32],
+        model,
         addr: "tcp://127.0.0.1:1".to_owned(),
         ..RegisterRequest::default()
     };
@@ -217,7 +219,7 @@ async fn configs_that_cannot_be_served_are_named() {
         c["architectures"] = serde_json::json!(["FancyForCausalLM"]);
         c["model_type"] = "fancy".into();
     });
-    never_serves("unknown architecture", unknown, "fancy").await;
+    never_serves("unknown architecture", unknown, "FancyForCausalLM").await;
     let contradicts = tiny().config(|c| c["hidden_size"] = 256.into());
     never_serves("config that contradicts the weights", contradicts, "256").await;
     let experts = tiny().config(|c| c["num_experts"] = 16.into());

@@ -84,7 +84,9 @@ async fn sigint_ends_a_mesh_that_has_work_to_do() {
     .await;
     send_signal("INT", pid);
     all_gone(&pids).await;
-    assert!(!soon("the client's end", client.wait()).await.expect("its status").success(), "its stream was cut");
+    // Its stream was finished within the grace period, or ended with a typed error; it does not hang.
+    let code = soon("the client's end", client.wait()).await.expect("its status").code();
+    assert!(matches!(code, Some(0 | 69)), "{code:?}");
 }
 
 #[tokio::test]
