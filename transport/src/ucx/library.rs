@@ -59,6 +59,22 @@ pub enum UcxError {
     },
 }
 
+impl UcxError {
+    /// Whether it says that the peer is gone rather than that something is wrong here.
+    pub fn is_peer_gone(&self) -> bool {
+        use sys::ucs_status_t as status;
+        let UcxError::Call { code, .. } = *self else { return false };
+        let gone = [
+            status::UCS_ERR_CONNECTION_RESET,
+            status::UCS_ERR_NOT_CONNECTED,
+            status::UCS_ERR_REJECTED,
+            status::UCS_ERR_CANCELED,
+        ];
+        let failures = status::UCS_ERR_LAST_ENDPOINT_FAILURE.0..=status::UCS_ERR_FIRST_LINK_FAILURE.0;
+        failures.contains(&code) || gone.contains(&sys::ucs_status_t(code))
+    }
+}
+
 /// What [`super::probe`] found.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct UcxInfo {
@@ -141,7 +157,14 @@ impl Context {
             Some(tls) => set_option(&ucp, config, "TLS", tls),
             None => Ok(()),
         }
-        .and_then(|()| init(&ucp, config));
+        .and_then(|()| init(&ucp, config))
+        .map_err(|error| match (error, options.tls.as_ref()) {
+            // With a list of transports given, it is the list that finds no device.
+            (UcxError::Call { reason, .. }, Some(tls)) => {
+                UcxError::Option { option: "TLS", value: tls.clone(), reason }
+            }
+            (error, _) => error,
+        });
         // SAFETY: made by ucp_config_read above and not used again; ucp_init_version copied what it needs.
         unsafe { ucp.ucp_config_release(config) };
         Ok(Self { raw: context?, ucp })

@@ -261,8 +261,8 @@ impl UcxTransport {
                 self.touched.push(token.place());
             }
             Err(error) => {
-                let id = channel.id;
-                self.break_later(id, failed("fetch a frame", error));
+                let (id, error) = (channel.id, channel.failed("fetch a frame", error));
+                self.break_later(id, error);
             }
         }
     }
@@ -278,9 +278,8 @@ impl UcxTransport {
                 Finished::Sent { error: None, .. } => {}
                 Finished::Sent { channel: token, error: Some(error) } => {
                     let channel = self.channels[token.place()].as_ref().filter(|channel| channel.token == token);
-                    if let Some(id) = channel.map(|channel| channel.id) {
-                        self.break_later(id, failed("send a frame", error));
-                    }
+                    let broken = channel.map(|channel| (channel.id, channel.failed("send a frame", error)));
+                    broken.into_iter().for_each(|(id, error)| self.break_later(id, error));
                 }
             }
         }
@@ -314,9 +313,10 @@ impl UcxTransport {
                 events.push(Event::Frame { channel: channel.id, header, body });
             }
             let Some(count) = channel.incoming.acknowledge_now(ACK_EVERY) else { continue };
-            let (id, theirs) = (channel.id, channel.outgoing.theirs());
+            let theirs = channel.outgoing.theirs();
             if let Err(error) = self.worker.send_ack(&channel.endpoint, channel.token, theirs, count) {
-                self.break_later(id, failed("acknowledge frames", error));
+                let (id, error) = (channel.id, channel.failed("acknowledge frames", error));
+                self.break_later(id, error);
             }
         }
     }
@@ -327,8 +327,8 @@ impl UcxTransport {
         while let Some((head, body)) = channel.outgoing.next() {
             self.stats.sent(HEADER_BYTES + body.len());
             if let Err(error) = self.worker.send_frame(&channel.endpoint, channel.token, &head, body) {
-                let id = channel.id;
-                return self.break_later(id, failed("send a frame", error));
+                let (id, error) = (channel.id, channel.failed("send a frame", error));
+                return self.break_later(id, error);
             }
         }
     }
@@ -420,6 +420,15 @@ impl UcxTransport {
 }
 
 impl Channel {
+    /// A call into UCX that failed, as the reason why the channel is over.
+    fn failed(&self, what: &'static str, error: UcxError) -> TransportError {
+        if error.is_peer_gone() {
+            tracing::debug!(peer = %self.name, %error, what, "ucx says that the peer is gone");
+            return TransportError::Closed { peer: self.name.clone() };
+        }
+        failed(what, error)
+    }
+
     /// Why the channel is over, if its socket says so.
     fn death(&self) -> Option<TransportError> {
         let mut byte = [0];
