@@ -4,7 +4,7 @@ use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use mesh_proto::v1::generate_request::Prompt;
-use mesh_proto::v1::{GenerateRequest, StatusResponse};
+use mesh_proto::v1::{GenerateRequest, NodeStatus, StatusResponse};
 
 use crate::cli::{DemoArgs, UpArgs};
 use crate::client::Client;
@@ -45,7 +45,7 @@ pub async fn run(args: DemoArgs) -> Result<Exit, CliError> {
         threads: None,
         kv_pages: None,
         prefill_chunk: None,
-        log: "warn".to_owned(),
+        log: "error".to_owned(),
         start_timeout: Duration::from_secs(120),
         grace: Duration::from_secs(10),
         bin_dir: args.bin_dir.clone(),
@@ -87,6 +87,11 @@ fn shipped_model() -> Result<PathBuf, CliError> {
 async fn measure(args: &DemoArgs, grpc: &str) -> Result<(), CliError> {
     let mut client = Client::connect(grpc).await?;
     let before = client.status().await?;
+    show(&format!(
+        "data plane: {}; compute: {}\n",
+        distinct(&before, |n| &n.transport),
+        distinct(&before, |n| &n.compute)
+    ))?;
     show("placement (expert slot: its experts)\n")?;
     show(&placement_text(&before.placement))?;
 
@@ -128,6 +133,14 @@ async fn measure(args: &DemoArgs, grpc: &str) -> Result<(), CliError> {
         return Err(CliError::Demo(format!("combine moved {found} B where exactly {wanted} B are owed")));
     }
     Ok(())
+}
+
+/// What the nodes say of themselves, each answer once.
+fn distinct(status: &StatusResponse, of: impl Fn(&NodeStatus) -> &String) -> String {
+    let mut words: Vec<&str> = status.nodes.iter().map(|n| of(n).as_str()).collect();
+    words.sort_unstable();
+    words.dedup();
+    words.join(", ")
 }
 
 /// The status once every attention node has sent a heartbeat after `since`: its counters then include the request.

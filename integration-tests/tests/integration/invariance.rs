@@ -82,7 +82,6 @@ async fn every_shape(transport: Transport, dtype: Dtype) {
 
 /// The watched prompts among requests that join and leave at other steps, until every attention node had its share.
 async fn in_company(at: &str, mesh: &Mesh, attention: u16, wanted: &[Bits]) {
-    let prompts = prompts();
     let mut company = JoinSet::new();
     for i in 0..COMPANY {
         let length = 1 + i * 5 % 40;
