@@ -27,10 +27,14 @@ impl Outgoing {
         self.theirs
     }
 
-    /// Adds a frame behind those that wait; how many wait now.
-    pub fn push(&mut self, header: &FrameHeader, body: FrameBuf) -> usize {
-        self.waiting.push_back((header.encode(), body));
+    /// How many frames wait for credit.
+    pub fn waiting(&self) -> usize {
         self.waiting.len()
+    }
+
+    /// Adds a frame behind those that wait.
+    pub fn push(&mut self, header: &FrameHeader, body: FrameBuf) {
+        self.waiting.push_back((header.encode(), body));
     }
 
     /// The next frame that the peer has credit for, with its active-message header.

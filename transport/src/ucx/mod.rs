@@ -8,25 +8,29 @@
 //! `CREDITS` that the receiver renews: what a peer can make this node hold is bounded, and an honest one just waits.
 //!
 //! # Layout
-//! - [`UcxTransport`]: the transport; `door`: sockets and handshakes; `greeting`: what the handshake carries for UCX
+//! - [`UcxBound`], [`UcxTransport`]: the transport; `peer`: one channel of it
+//! - `door`: sockets and handshakes; `greeting`: what a handshake carries for UCX
 //! - `channel`: order and credit; `inbox`: what UCX's callbacks write
 //! - `worker` and `library`: the safe face of `ucx-sys`; `sleep`: waiting and waking
 
 #![allow(unsafe_code)]
 
+mod bound;
 mod channel;
 mod door;
 mod greeting;
 mod inbox;
 mod library;
+mod peer;
 mod sleep;
 mod transport;
 mod worker;
 
 use std::path::PathBuf;
 
+pub use bound::UcxBound;
 pub use library::{UcxError, UcxInfo};
-pub use transport::{UcxBound, UcxTransport};
+pub use transport::UcxTransport;
 
 /// How UCX is opened and what it may use.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]

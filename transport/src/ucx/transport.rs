@@ -1,23 +1,23 @@
 //! The UCX transport: channels over one worker.
 
-use std::io::{self, Read};
-use std::net::{TcpListener, TcpStream};
+use std::net::TcpListener;
 use std::os::fd::{AsRawFd, RawFd};
 use std::sync::Arc;
 use std::time::Instant;
 
 use super::UcxOptions;
-use super::channel::{Incoming, Outgoing, Step, Wrong};
-use super::door::{Door, Entered, SCHEME};
+use super::channel::{Incoming, Outgoing, Step};
+use super::door::{Door, Entered};
 use super::inbox::{ACK_EVERY, Arrival, Inbox, Payload, Token};
-use super::library::{self, Context, UcxError};
+use super::library::{Context, UcxError};
+use super::peer::{Channel, failed, unavailable, violation};
 use super::sleep::{Waker, Watched};
-use super::worker::{Endpoint, Finished, Worker};
+use super::worker::{Finished, Worker};
 use crate::buffer::{FrameBuf, Window};
 use crate::frame::{FrameHeader, HEADER_BYTES};
 use crate::{
-    Bound, ChannelId, Credentials, Event, FRAMES_QUEUED_MAX, Identity, Limits, Transport, TransportError,
-    TransportKind, TransportStats, Wake,
+    ChannelId, Credentials, Event, FRAMES_QUEUED_MAX, Identity, Limits, Transport, TransportError, TransportKind,
+    TransportStats, Wake,
 };
 
 /// Calls of `ucp_worker_progress` in one poll, at most: a peer that never stops must not keep the caller from its events.
@@ -26,55 +26,6 @@ const PROGRESS_MAX: usize = 16;
 const SOCKETS_EVERY: u32 = 64;
 /// Attempts to fall asleep that may find UCX busy before the wait returns instead.
 const ARM_TRIES_MAX: usize = 1000;
-/// Bodies that dead peers may keep outside the window; beyond it they count against the window for good.
-const PARKED_MAX: usize = 256;
-
-/// An authenticated channel.
-struct Channel {
-    id: ChannelId,
-    token: Token,
-    /// Who it is, in words.
-    name: String,
-    /// Open for as long as the peer lives; nothing is said on it after the handshake.
-    liveness: TcpStream,
-    endpoint: Endpoint,
-    outgoing: Outgoing,
-    incoming: Incoming,
-}
-
-/// A listening socket that takes nobody in yet.
-#[derive(Debug)]
-pub struct UcxBound {
-    listener: TcpListener,
-    local_addr: String,
-    limits: Limits,
-    options: UcxOptions,
-}
-
-impl UcxBound {
-    /// Listens at `host:port` (port 0 takes a free one), after a look whether UCX can be used at all: a node that cannot
-    /// must not learn so only when it has registered.
-    ///
-    /// # Errors
-    /// [`TransportError::Unavailable`] and [`TransportError::Bind`].
-    pub fn bind(addr: &str, limits: Limits, options: &UcxOptions) -> Result<Self, TransportError> {
-        library::open(options.library_dir.as_deref()).map_err(unavailable)?;
-        let failed = |source| TransportError::Bind { addr: addr.to_owned(), source };
-        let listener = TcpListener::bind(addr).map_err(failed)?;
-        let local_addr = format!("{SCHEME}{}", listener.local_addr().map_err(failed)?);
-        Ok(Self { listener, local_addr, limits, options: options.clone() })
-    }
-}
-
-impl Bound for UcxBound {
-    fn local_addr(&self) -> &str {
-        &self.local_addr
-    }
-
-    fn start(self: Box<Self>, credentials: Credentials) -> Result<Box<dyn Transport>, TransportError> {
-        Ok(Box::new(UcxTransport::new(Some(self.listener), self.limits, credentials, &self.options)?))
-    }
-}
 
 /// A node's end of the data plane over UCX.
 pub struct UcxTransport {
@@ -107,7 +58,7 @@ impl UcxTransport {
         Self::new(None, limits, credentials, options)
     }
 
-    fn new(
+    pub(super) fn new(
         listener: Option<TcpListener>,
         limits: Limits,
         credentials: Credentials,
@@ -409,36 +360,14 @@ impl UcxTransport {
             tracing::debug!(peer = %channel.name, %error, "the endpoint is gone already");
         }
         // On a watched endpoint everything was cancelled just now. On one that shares memory, the peer may be reading or
-        // writing a body of ours at this moment, and UCX can neither stop it nor tell when it died.
+        // writing a body of ours at this moment, and UCX can neither stop it nor tell when it died. As many bodies as the
+        // window has may be set aside for that; more of them count against the window until UCX is done.
         self.reap();
-        let parked = self.worker.park(channel.token, PARKED_MAX);
+        let parked = self.worker.park(channel.token, self.limits.bodies_max);
         if parked > 0 {
             tracing::warn!(peer = %channel.name, parked, "bodies under way to or from a gone peer are set aside");
         }
         true
-    }
-}
-
-impl Channel {
-    /// A call into UCX that failed, as the reason why the channel is over.
-    fn failed(&self, what: &'static str, error: UcxError) -> TransportError {
-        if error.is_peer_gone() {
-            tracing::debug!(peer = %self.name, %error, what, "ucx says that the peer is gone");
-            return TransportError::Closed { peer: self.name.clone() };
-        }
-        failed(what, error)
-    }
-
-    /// Why the channel is over, if its socket says so.
-    fn death(&self) -> Option<TransportError> {
-        let mut byte = [0];
-        match (&self.liveness).read(&mut byte) {
-            Ok(0) => Some(TransportError::Closed { peer: self.name.clone() }),
-            Ok(_) => Some(violation("bytes after the handshake")),
-            Err(error) if error.kind() == io::ErrorKind::WouldBlock => None,
-            Err(error) if error.kind() == io::ErrorKind::Interrupted => None,
-            Err(_) => Some(TransportError::Closed { peer: self.name.clone() }),
-        }
     }
 }
 
@@ -469,12 +398,14 @@ impl Transport for UcxTransport {
         let body_bytes_max = self.limits.body_bytes_max;
         let open = self.at(channel).ok_or(TransportError::NoChannel { channel })?;
         header.check_with_body(&body, body_bytes_max).map_err(TransportError::BadSend)?;
-        let frames = open.outgoing.push(header, body);
         let place = open.token.place();
+        let frames = open.outgoing.waiting() + 1;
         if frames > FRAMES_QUEUED_MAX {
             let peer = open.name.clone();
             self.break_later(channel, TransportError::SlowPeer { peer, frames });
+            return Ok(());
         }
+        open.outgoing.push(header, body);
         self.pump(place);
         Ok(())
     }
@@ -554,32 +485,4 @@ impl UcxTransport {
             std::thread::yield_now();
         }
     }
-}
-
-impl Wrong {
-    fn into_error(self, peer: &str) -> TransportError {
-        match self {
-            Wrong::Frame(error) => TransportError::Frame { peer: peer.to_owned(), error },
-            Wrong::Number(number) => violation(format!("frame number {number} out of turn from {peer}")),
-            Wrong::Length { header, body } => {
-                violation(format!("a header of {peer} says {header} bytes and {body} came"))
-            }
-        }
-    }
-}
-
-/// A peer that broke the protocol.
-fn violation(what: impl Into<String>) -> TransportError {
-    let source = io::Error::new(io::ErrorKind::InvalidData, what.into());
-    TransportError::Io { what: "protocol violation", source }
-}
-
-/// A call into UCX that failed.
-fn failed(what: &'static str, error: UcxError) -> TransportError {
-    TransportError::Io { what, source: io::Error::other(error) }
-}
-
-/// UCX cannot be used on this machine.
-pub fn unavailable(error: UcxError) -> TransportError {
-    TransportError::Unavailable { kind: TransportKind::Ucx, why: error.to_string() }
 }
