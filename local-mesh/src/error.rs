@@ -79,7 +79,7 @@ pub enum LocalMeshError {
         /// The node.
         node: String,
         /// Why.
-        error: NodeError,
+        error: Box<NodeError>,
     },
     /// A node ended in good order before the mesh served, unasked.
     #[error("{node} stopped before the mesh served")]

@@ -9,11 +9,12 @@ use std::time::Duration;
 
 use attention_svc::KvBudget;
 use clap::Parser;
-use local_mesh::{LocalMesh, LocalMeshConfig};
+use local_mesh::{LocalMesh, LocalMeshConfig, NodeInfo};
 use mesh_kernels::Dtype;
 use mesh_service::telemetry::LogArgs;
 use mesh_service::{config, ready, shutdown};
 use mesh_transport::TransportChoice;
+use serde::Serialize;
 
 /// A whole mesh in one process: router, attention and expert nodes.
 #[derive(Debug, Parser)]
@@ -131,9 +132,27 @@ async fn serve(config: LocalMeshConfig) -> ExitCode {
     outcome
 }
 
+/// The line of a mesh that serves, as `meshctl up` prints it for separate processes.
+#[derive(Serialize)]
+struct ReadyLine {
+    ready: bool,
+    grpc: String,
+    nodes: Vec<NodeLine>,
+}
+
+/// A node in the ready line.
+#[derive(Serialize)]
+struct NodeLine {
+    role: &'static str,
+    id: String,
+    pid: u32,
+    addr: String,
+}
+
 fn ready_line(mesh: &LocalMesh) -> String {
     let pid = std::process::id();
-    let node = |n: local_mesh::NodeInfo| serde_json::json!({ "role": n.role, "id": n.id, "pid": pid, "addr": n.addr });
-    let nodes: Vec<serde_json::Value> = mesh.nodes().into_iter().map(node).collect();
-    serde_json::json!({ "ready": true, "grpc": mesh.grpc_addr().to_string(), "nodes": nodes }).to_string()
+    let node = |NodeInfo { role, id, addr }| NodeLine { role, id, pid, addr };
+    let nodes = mesh.nodes().into_iter().map(node).collect();
+    let line = ReadyLine { ready: true, grpc: mesh.grpc_addr().to_string(), nodes };
+    serde_json::to_string(&line).expect("strings and numbers are always JSON")
 }

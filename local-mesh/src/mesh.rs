@@ -109,7 +109,8 @@ impl LocalMesh {
         listener.set_nonblocking(true).map_err(refused)?;
         let grpc = listener.local_addr().map_err(refused)?;
 
-        let mut starts = vec![(Group::Router, Group::Router.name().to_owned(), Start::Router(config.router, listener))];
+        let mut starts =
+            vec![(Group::Router, Group::Router.name().to_owned(), Start::Router(Box::new(config.router), listener))];
         let (router, hub) = (format!("http://{grpc}"), LocalHub::new());
         for slot in 0..config.experts {
             let mut node = config.expert_node.clone();
@@ -146,7 +147,7 @@ impl LocalMesh {
                 let id = self.ended(node);
                 Err(match result {
                     Ok(()) => LocalMeshError::Stopped { node: id },
-                    Err(error) => LocalMeshError::Node { node: id, error },
+                    Err(error) => LocalMeshError::Node { node: id, error: Box::new(error) },
                 })
             }
             // All threads are gone and told of: nothing is left to wait for.

@@ -47,7 +47,7 @@ impl Teller {
 
 /// What a node is.
 pub(crate) enum Start {
-    Router(RouterConfig, std::net::TcpListener),
+    Router(Box<RouterConfig>, std::net::TcpListener),
     Attention(Box<AttentionConfig>),
     Expert(Box<ExpertConfig>),
 }
@@ -77,7 +77,7 @@ async fn live(start: Start, teller: &Teller, stop: CancellationToken) -> Result<
             let taken = |source| NodeError::Os { what: "taking the router's listener over", source };
             let listener = TcpListener::from_std(listener).map_err(taken)?;
             teller.ready(&listener.local_addr().map_err(taken)?.to_string());
-            Ok(router_svc::serve(config, listener, stop.cancelled_owned()).await?)
+            Ok(router_svc::serve(*config, listener, stop.cancelled_owned()).await?)
         }
         Start::Attention(config) => {
             let node = tokio::select! {

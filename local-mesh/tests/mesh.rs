@@ -1,5 +1,7 @@
 //! Whole meshes in this process, from the client's side.
 
+#![allow(clippy::unwrap_used)]
+
 use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::time::Duration;
