@@ -61,10 +61,17 @@ pub enum AttentionError {
 impl AttentionError {
     /// Whether another configuration, not another attempt, is the remedy.
     pub fn is_configuration(&self) -> bool {
-        use AttentionError::{Compute, Config, Listen, Model, Runner, Transport};
-        let misconfigured =
-            matches!(self, Config { .. } | Model(_) | Compute(_) | Listen { .. } | Transport(_) | Runner(_));
-        misconfigured || matches!(self, AttentionError::Service(ServiceError::RouterUri { .. }))
+        match self {
+            AttentionError::Config { .. } | AttentionError::Model(_) | AttentionError::Compute(_) => true,
+            AttentionError::Runner(_) | AttentionError::Listen { .. } => true,
+            AttentionError::Transport(error) => {
+                matches!(error, TransportError::BadAddress { .. } | TransportError::Unavailable { .. })
+            }
+            AttentionError::Service(error) => {
+                matches!(error, ServiceError::RouterUri { .. } | ServiceError::LogFilter { .. })
+            }
+            AttentionError::Server(_) | AttentionError::Thread { .. } | AttentionError::EngineDied => false,
+        }
     }
 }
 

@@ -1,10 +1,16 @@
 //! A model for tests: its "attention" checks that the pages of a sequence hold exactly the tokens before each row, and its
 //! logits are a hash of them all, so whatever the scheduler does wrong changes the output or panics.
 
-use mesh_core::LayerId;
-use mesh_core::routing::{GateRule, Routing};
+use std::sync::{Arc, Condvar, Mutex, PoisonError};
+use std::time::Instant;
 
-use crate::runner::{Step, StepOutput};
+use mesh_core::routing::{GateRule, Routing};
+use mesh_core::view::View;
+use mesh_core::{LayerId, Slot, ViewId};
+use mesh_transport::Wake;
+
+use crate::engine::ModelRunner;
+use crate::runner::{RunError, Step, StepOutput};
 
 /// Tokens in a page of the fake cache.
 pub const PAGE: u32 = 4;
@@ -97,5 +103,121 @@ impl FakeModel {
             "a sequence without rows"
         );
         output
+    }
+}
+
+/// What tests do to the model while it runs.
+#[derive(Default)]
+pub struct Controls {
+    /// Whether a view is in force.
+    pub serving: bool,
+    /// Steps that may be computed; `None`: all.
+    pub permits: Option<u32>,
+    /// How the next steps fail.
+    pub failures: Vec<RunError>,
+    /// Rows of this token give logits that are no numbers.
+    pub poison: Option<u32>,
+    woken: bool,
+    prepared: Vec<ViewId>,
+    abandoned: Vec<ViewId>,
+}
+
+/// The other end of a [`FakeRunner`].
+#[derive(Default)]
+pub struct Switch {
+    controls: Mutex<Controls>,
+    changed: Condvar,
+}
+
+impl Switch {
+    /// Changes the controls; takes effect at once.
+    pub fn set(&self, change: impl FnOnce(&mut Controls)) {
+        change(&mut self.controls.lock().unwrap_or_else(PoisonError::into_inner));
+        self.changed.notify_all();
+    }
+
+    /// Views abandoned so far.
+    pub fn abandoned(&self) -> Vec<ViewId> {
+        self.controls.lock().unwrap_or_else(PoisonError::into_inner).abandoned.clone()
+    }
+}
+
+impl Wake for Switch {
+    fn wake(&self) {
+        self.set(|c| c.woken = true);
+    }
+}
+
+/// A [`FakeModel`] as the engine runs it.
+pub struct FakeRunner {
+    model: FakeModel,
+    switch: Arc<Switch>,
+    lost: Vec<(Slot, String)>,
+}
+
+impl FakeRunner {
+    /// One that serves, and what it is controlled by.
+    pub fn new(pages: u32) -> (Self, Arc<Switch>) {
+        let switch = Arc::new(Switch::default());
+        switch.set(|c| c.serving = true);
+        (Self { model: FakeModel::new(pages), switch: switch.clone(), lost: vec![] }, switch)
+    }
+}
+
+impl ModelRunner for FakeRunner {
+    fn step(&mut self, step: &Step<'_>) -> Result<StepOutput, RunError> {
+        let mut controls = self.switch.controls.lock().unwrap();
+        while controls.permits == Some(0) {
+            controls = self.switch.changed.wait(controls).unwrap();
+        }
+        controls.permits.iter_mut().for_each(|p| *p -= 1);
+        if let Some(error) = controls.failures.pop() {
+            if let RunError::NodeLost { slot, what, .. } = &error {
+                self.lost.push((*slot, what.clone()));
+            }
+            return Err(error);
+        }
+        let mut output = self.model.step(step);
+        let wanted = step.rows.iter().filter(|r| r.logits);
+        for (row, logits) in wanted.zip(output.logits.chunks_exact_mut(VOCAB as usize)) {
+            if Some(row.token) == controls.poison {
+                logits[3] = f32::NAN;
+            }
+        }
+        Ok(output)
+    }
+
+    fn prepare_view(&mut self, view: Arc<View>) -> Result<(), RunError> {
+        self.switch.set(|c| c.prepared.push(view.id));
+        Ok(())
+    }
+
+    fn commit_view(&mut self, id: ViewId) -> Result<(), RunError> {
+        let prepared = self.switch.controls.lock().unwrap().prepared.contains(&id);
+        self.switch.set(|c| c.serving |= prepared);
+        if prepared { Ok(()) } else { Err(RunError::Internal(format!("{id} is not prepared"))) }
+    }
+
+    fn abandon_view(&mut self, id: ViewId) {
+        self.switch.set(|c| c.abandoned.push(id));
+    }
+
+    fn serving(&self) -> bool {
+        self.switch.controls.lock().unwrap().serving
+    }
+
+    fn idle(&mut self, deadline: Instant) {
+        let controls = self.switch.controls.lock().unwrap();
+        let wait = deadline.saturating_duration_since(Instant::now());
+        let (mut controls, _) = self.switch.changed.wait_timeout_while(controls, wait, |c| !c.woken).unwrap();
+        controls.woken = false;
+    }
+
+    fn waker(&self) -> Arc<dyn Wake> {
+        self.switch.clone()
+    }
+
+    fn take_lost(&mut self) -> Vec<(Slot, String)> {
+        std::mem::take(&mut self.lost)
     }
 }

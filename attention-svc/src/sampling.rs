@@ -149,12 +149,19 @@ impl Sampler {
         }
         let (max, temperature) = (f64::from(logits[best]), f64::from(sampling.temperature));
         let min_weight = f64::from(sampling.min_p);
+        let candidates = logits.iter().enumerate();
         self.kept.clear();
-        self.kept.extend(logits.iter().enumerate().filter_map(|(token, logit)| {
-            let weight = ((f64::from(*logit) - max) / temperature).exp();
-            (weight >= min_weight).then_some(Candidate { token: token as u32, logit: *logit, weight })
+        self.kept.extend(candidates.map(|(token, logit)| Candidate {
+            token: token as u32,
+            logit: *logit,
+            weight: 0.0,
         }));
+        // Both this and min-p keep a head of the same order, so which comes first makes no difference but in exponentials.
         keep_top_k(&mut self.kept, sampling.top_k as usize);
+        self.kept.retain_mut(|c| {
+            c.weight = ((f64::from(c.logit) - max) / temperature).exp();
+            c.weight >= min_weight
+        });
         keep_top_p(&mut self.kept, f64::from(sampling.top_p));
         Ok(draw(&mut self.kept, uniform(sampling.seed, place)).unwrap_or(best as u32))
     }

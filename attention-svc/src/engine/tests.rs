@@ -1,115 +1,15 @@
 //! The engine with a model that checks every page, held and failed at will.
 
-use std::sync::{Condvar, Mutex, PoisonError};
-
 use mesh_core::NodeId;
 
 use super::*;
-use crate::fake::{FakeModel, PAGE, VOCAB, lone_logits};
+use crate::fake::{FakeRunner, PAGE, Switch, VOCAB, lone_logits};
 use crate::output::DetokenizeError;
 use crate::sampling::{Occurrences, Sampler, Sampling, logprobs};
 
 /// Longer than any of these waits takes on the slowest machine.
 const PATIENCE: Duration = Duration::from_secs(60);
 const PAGES: u32 = 32;
-
-/// What tests do to the model while it runs.
-#[derive(Default)]
-struct Controls {
-    serving: bool,
-    /// Steps that may be computed; `None`: all.
-    permits: Option<u32>,
-    /// How the next steps fail.
-    failures: Vec<RunError>,
-    /// Rows of this token give logits that are no numbers.
-    poison: Option<u32>,
-    woken: bool,
-    prepared: Vec<ViewId>,
-    abandoned: Vec<ViewId>,
-}
-
-#[derive(Default)]
-struct Switch {
-    controls: Mutex<Controls>,
-    changed: Condvar,
-}
-
-impl Switch {
-    fn set(&self, change: impl FnOnce(&mut Controls)) {
-        change(&mut self.controls.lock().unwrap_or_else(PoisonError::into_inner));
-        self.changed.notify_all();
-    }
-}
-
-impl Wake for Switch {
-    fn wake(&self) {
-        self.set(|c| c.woken = true);
-    }
-}
-
-struct FakeRunner {
-    model: FakeModel,
-    switch: Arc<Switch>,
-    lost: Vec<(Slot, String)>,
-}
-
-impl ModelRunner for FakeRunner {
-    fn step(&mut self, step: &Step<'_>) -> Result<StepOutput, RunError> {
-        let mut controls = self.switch.controls.lock().unwrap();
-        while controls.permits == Some(0) {
-            controls = self.switch.changed.wait(controls).unwrap();
-        }
-        controls.permits.iter_mut().for_each(|p| *p -= 1);
-        if let Some(error) = controls.failures.pop() {
-            if let RunError::NodeLost { slot, what, .. } = &error {
-                self.lost.push((*slot, what.clone()));
-            }
-            return Err(error);
-        }
-        let mut output = self.model.step(step);
-        let wanted = step.rows.iter().filter(|r| r.logits);
-        for (row, logits) in wanted.zip(output.logits.chunks_exact_mut(VOCAB as usize)) {
-            if Some(row.token) == controls.poison {
-                logits[3] = f32::NAN;
-            }
-        }
-        Ok(output)
-    }
-
-    fn prepare_view(&mut self, view: Arc<View>) -> Result<(), RunError> {
-        self.switch.set(|c| c.prepared.push(view.id));
-        Ok(())
-    }
-
-    fn commit_view(&mut self, id: ViewId) -> Result<(), RunError> {
-        let prepared = self.switch.controls.lock().unwrap().prepared.contains(&id);
-        self.switch.set(|c| c.serving |= prepared);
-        if prepared { Ok(()) } else { Err(RunError::Internal(format!("{id} is not prepared"))) }
-    }
-
-    fn abandon_view(&mut self, id: ViewId) {
-        self.switch.set(|c| c.abandoned.push(id));
-    }
-
-    fn serving(&self) -> bool {
-        self.switch.controls.lock().unwrap().serving
-    }
-
-    fn idle(&mut self, deadline: Instant) {
-        let controls = self.switch.controls.lock().unwrap();
-        let wait = deadline.saturating_duration_since(Instant::now());
-        let (mut controls, _) = self.switch.changed.wait_timeout_while(controls, wait, |c| !c.woken).unwrap();
-        controls.woken = false;
-    }
-
-    fn waker(&self) -> Arc<dyn Wake> {
-        self.switch.clone()
-    }
-
-    fn take_lost(&mut self) -> Vec<(Slot, String)> {
-        std::mem::take(&mut self.lost)
-    }
-}
 
 struct Letters;
 
@@ -141,9 +41,7 @@ fn options() -> EngineOptions {
 
 impl Rig {
     fn new(options: EngineOptions) -> Self {
-        let switch = Arc::new(Switch::default());
-        switch.set(|c| c.serving = true);
-        let runner = FakeRunner { model: FakeModel::new(options.kv_pages), switch: switch.clone(), lost: vec![] };
+        let (runner, switch) = FakeRunner::new(options.kv_pages);
         Self { engine: start(runner, options).unwrap(), switch }
     }
 
@@ -391,7 +289,7 @@ async fn a_mesh_without_a_view_refuses_at_once() {
     assert_eq!(whole(rig.submit(request(1, 3, 3))).await.ids().len(), 3);
     handle.abandon_view(ViewId(9));
     let until = Instant::now() + PATIENCE;
-    while rig.switch.controls.lock().unwrap().abandoned != [ViewId(9)] {
+    while rig.switch.abandoned() != [ViewId(9)] {
         assert!(Instant::now() < until);
         tokio::time::sleep(Duration::from_millis(1)).await;
     }
