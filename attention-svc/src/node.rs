@@ -28,8 +28,6 @@ use crate::runner::{Runner, RunnerOptions, Trunk};
 use crate::service::AttentionService;
 use crate::views::AttentionViews;
 
-/// The kind of arithmetic, which must be one all over the mesh: another gives other bits.
-const COMPUTE_KIND: &str = "cpu";
 /// How long a connection may be silent before it is asked for a sign of life, and how long that may take.
 const KEEPALIVE: Duration = Duration::from_secs(10);
 /// Streams of one connection beside those that the engine takes: they get a typed refusal instead of silence.
@@ -205,7 +203,7 @@ fn spec(config: &AttentionConfig, opened: &Opened, addr: &str, kind: TransportKi
         model: opened.info.clone(),
         addr: addr.to_owned(),
         transport: kind.to_string(),
-        compute: COMPUTE_KIND.to_owned(),
+        compute: opened.compute.kind(),
         protocol: PROTOCOL_VERSION.into(),
         slot: config.slot,
         capacity_bytes: 0,

@@ -147,9 +147,11 @@ impl Placement {
 
     /// All experts that a slot holds, by layer, then expert.
     pub fn held_by(&self, slot: Slot) -> impl Iterator<Item = (LayerId, ExpertId)> + '_ {
-        self.holders.iter().enumerate().filter(move |(_, slots)| slots.contains(&slot)).map(|(i, _)| {
-            (self.moe_layers[i / self.experts], ExpertId((i % self.experts) as u16))
-        })
+        self.holders
+            .iter()
+            .enumerate()
+            .filter(move |(_, slots)| slots.contains(&slot))
+            .map(|(i, _)| (self.moe_layers[i / self.experts], ExpertId((i % self.experts) as u16)))
     }
 
     /// The table: `[moe layer][expert]` flattened, as [`Placement::new`] takes it.

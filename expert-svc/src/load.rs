@@ -44,6 +44,11 @@ impl Loader {
         &self.checkpoint
     }
 
+    /// What the experts are packed for.
+    pub fn compute(&self) -> &dyn Compute {
+        self.compute.as_ref()
+    }
+
     /// The table of what `view` assigns to `slot`: experts out of `held`, and the rest out of the checkpoint. Blocks.
     ///
     /// # Errors

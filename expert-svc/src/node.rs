@@ -21,9 +21,6 @@ use crate::load::Loader;
 use crate::table::Tables;
 use crate::views::ExpertViews;
 
-/// The kind of arithmetic, which must be one all over the mesh: another gives other bits.
-const COMPUTE_KIND: &str = "cpu";
-
 /// An expert node that is registered and whose engine runs; it serves once it has a view.
 pub struct ExpertNode {
     registration: Registration,
@@ -64,7 +61,7 @@ impl ExpertNode {
         check_frame_size(&config, loader.shape().row_bytes)?;
 
         let bound = bind(&config)?;
-        let spec = spec(&config, loader.checkpoint(), bound.local_addr());
+        let spec = spec(&config, &loader, bound.local_addr());
         let registration = register(&spec, config.register_for).await?;
         let (node, slot) = (registration.node, registration.slot);
         let identity = Identity { node, role: Role::Expert, slot, model: spec.model_digest };
@@ -164,7 +161,8 @@ fn bind(config: &ExpertConfig) -> Result<Box<dyn Bound>, ExpertError> {
     Ok(mesh_transport::bind(kind, &config.listen, config.transport_limits.clone(), config.hub.clone())?)
 }
 
-fn spec(config: &ExpertConfig, checkpoint: &Checkpoint, addr: &str) -> NodeSpec {
+fn spec(config: &ExpertConfig, loader: &Loader, addr: &str) -> NodeSpec {
+    let checkpoint = loader.checkpoint();
     let transport = addr.split_once("://").map_or("", |(scheme, _)| scheme);
     NodeSpec {
         role: Role::Expert,
@@ -174,7 +172,7 @@ fn spec(config: &ExpertConfig, checkpoint: &Checkpoint, addr: &str) -> NodeSpec 
         model: model_info(checkpoint, config),
         addr: addr.to_owned(),
         transport: transport.to_owned(),
-        compute: COMPUTE_KIND.into(),
+        compute: loader.compute().kind(),
         protocol: PROTOCOL_VERSION.into(),
         slot: config.slot,
         capacity_bytes: config.capacity_bytes,

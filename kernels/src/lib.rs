@@ -96,6 +96,8 @@ pub struct Rope {
 pub trait Compute: Send + Sync {
     /// For logs: backend, instruction set, threads.
     fn name(&self) -> String;
+    /// What decides the bits beside the dtype: backend and instruction set. Nodes of one mesh must agree on it.
+    fn kind(&self) -> String;
     /// The compute dtype.
     fn dtype(&self) -> Dtype;
     /// Packs matrices of equal `k`, stacked along `n` in the order given (so q, k and v are one GEMM).

@@ -36,6 +36,10 @@ impl Compute for Reference {
         format!("reference {}", self.dtype)
     }
 
+    fn kind(&self) -> String {
+        "reference".into()
+    }
+
     fn dtype(&self) -> Dtype {
         self.dtype
     }

@@ -50,9 +50,7 @@ pub fn client(
     match kind {
         TransportKind::Local => Ok(Box::new(local::LocalTransport::client(wanted_hub(hub)?, limits, credentials))),
         TransportKind::Tcp => Ok(Box::new(tcp::TcpTransport::client(limits, credentials)?)),
-        TransportKind::Ucx => {
-            Ok(Box::new(ucx::UcxTransport::client(limits, credentials, &UcxOptions::default())?))
-        }
+        TransportKind::Ucx => Ok(Box::new(ucx::UcxTransport::client(limits, credentials, &UcxOptions::default())?)),
     }
 }
 

@@ -18,6 +18,12 @@ pub(crate) const TILE_COLS: usize = TILE_BLOCKS * LANES;
 /// How far ahead of a single row's product the weights are asked for: the processor's own prefetchers stop at pages.
 const PREFETCH_BYTES: usize = 2048;
 
+/// Input rows that stay in the second-level cache while all weights pass by: rows are read piecemeal, which the
+/// processor cannot foresee, and weights in order, which it can.
+const INPUT_BLOCK_BYTES: usize = 256 << 10;
+/// Fewer rows than this would read the weights too often.
+const INPUT_BLOCK_ROWS_MIN: usize = 48;
+
 /// Where input rows lie.
 #[derive(Clone, Copy)]
 pub(crate) enum Source<'a> {
@@ -102,6 +108,20 @@ struct Tile([[f32; TILE_COLS]; ROWS_MAX]);
 /// part of `out`.
 #[inline(always)]
 pub(crate) unsafe fn product<S: Simd>(s: S, p: &Product<'_>) {
+    let block_rows = (INPUT_BLOCK_BYTES / (p.k * p.dtype.bytes()).max(1)).max(INPUT_BLOCK_ROWS_MIN);
+    let mut from = p.rows.start;
+    while from < p.rows.end {
+        let to = p.rows.end.min(from + block_rows);
+        // SAFETY: the caller's promise, for some of the rows.
+        unsafe { product_of_rows(s, p, from, to) };
+        from = to;
+    }
+}
+
+/// # Safety
+/// As `product`, for rows `from..to`.
+#[inline(always)]
+unsafe fn product_of_rows<S: Simd>(s: S, p: &Product<'_>, from: usize, to: usize) {
     let bf16 = p.dtype == Dtype::Bf16;
     let rows_at_once = if bf16 { S::ROWS_BF16 } else { S::ROWS_F32 };
     let mut tile = Tile([[0.0; TILE_COLS]; ROWS_MAX]);
@@ -109,16 +129,16 @@ pub(crate) unsafe fn product<S: Simd>(s: S, p: &Product<'_>) {
     while block < p.blocks.end {
         let blocks = TILE_BLOCKS.min(p.blocks.end - block);
         let weights = &p.weights[block * p.block_bytes..(block + blocks) * p.block_bytes];
-        let mut row = p.rows.start;
-        while row < p.rows.end {
-            let left = p.rows.end - row;
+        let panel = Panel { weights: weights.as_ptr(), block_bytes: p.block_bytes, k: p.k };
+        let mut row = from;
+        while row < to {
+            let left = to - row;
             // As even as possible: 4 + 4 rows rather than 6 + 2.
             let rows = left.div_ceil(left.div_ceil(rows_at_once));
             let mut x = [p.x.row(row); ROWS_MAX];
             for i in 1..rows {
                 x[i] = p.x.row(row + i);
             }
-            let panel = Panel { weights: weights.as_ptr(), block_bytes: p.block_bytes, k: p.k };
             // SAFETY: `rows` rows of k elements and `blocks` blocks of weights, as sliced and promised.
             unsafe {
                 if bf16 {

@@ -21,6 +21,7 @@ mod tasks;
 #[cfg(target_arch = "x86_64")]
 mod x86;
 
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Mutex, PoisonError};
 
 pub use isa::Isa;
@@ -84,15 +85,13 @@ impl Cpu {
     /// Does multiply-accumulates from registers on every thread and returns how many floating-point operations that
     /// were: timed, it is the limit that products are measured against.
     pub fn probe_arithmetic(&self, rounds: u64) -> u64 {
+        let operations = AtomicU64::new(0);
         self.pool.run(self.pool.threads(), u64::MAX, |_| {
             // SAFETY: `kernels` are those of an instruction set that the machine has.
-            std::hint::black_box(unsafe { (self.kernels.spin)(self.dtype, rounds) });
+            let done = unsafe { (self.kernels.spin)(self.dtype, rounds) };
+            operations.fetch_add(done, Ordering::Relaxed);
         });
-        let macs = match self.dtype {
-            Dtype::F32 => 16,
-            Dtype::Bf16 => 32,
-        };
-        rounds * (table::SPIN_SUMS * macs * 2 * self.pool.threads()) as u64
+        operations.into_inner()
     }
 
     /// Reads `bytes` once, shared over the threads: timed, it is the limit of a product of one row.
@@ -142,6 +141,10 @@ impl Cpu {
 impl Compute for Cpu {
     fn name(&self) -> String {
         format!("cpu {} {} threads={}", self.isa, self.dtype, self.pool.threads())
+    }
+
+    fn kind(&self) -> String {
+        format!("cpu {}", self.isa)
     }
 
     fn dtype(&self) -> Dtype {

@@ -4,7 +4,7 @@ use super::attend::{Attend, attend};
 use super::gemm::{Product, product};
 use super::isa::Isa;
 use super::portable::Portable;
-use super::simd::{ROWS_MAX, Simd, TILE_BLOCKS};
+use super::simd::{ROWS_MAX, Simd};
 use crate::matrix::LANES;
 use crate::rows::narrow_into;
 use crate::{Dtype, Term, pointwise};
@@ -22,7 +22,7 @@ pub(crate) struct Kernels {
     pub exp: unsafe fn(&mut [f32; LANES]),
     #[cfg(test)]
     pub store_bf16: unsafe fn(&[f32; LANES], &mut [u16; LANES]),
-    pub spin: unsafe fn(Dtype, u64) -> f32,
+    pub spin: unsafe fn(Dtype, u64) -> u64,
     pub read: unsafe fn(&[u8]) -> f32,
 }
 
@@ -43,13 +43,20 @@ impl Kernels {
     }
 }
 
-/// Multiply-accumulates `spin` has in flight.
-pub(crate) const SPIN_SUMS: usize = 4 * TILE_BLOCKS;
-
-/// Multiply-accumulates from registers, `rounds * SPIN_SUMS` of them: the machine's arithmetic limit.
+/// Multiply-accumulates from registers, `rounds` of each sum in flight; returns how many floating-point operations that
+/// was. As many sums are in flight as hide the latency and fit the registers.
 #[inline(always)]
-fn spin<S: Simd>(s: S, dtype: Dtype, rounds: u64) -> f32 {
-    let mut sums = [s.splat(0.0); SPIN_SUMS];
+fn spin<S: Simd>(s: S, dtype: Dtype, rounds: u64) -> u64 {
+    if S::ROWS_F32 * S::blocks(S::ROWS_F32, false) >= 24 {
+        spin_sums::<S, 24>(s, dtype, rounds)
+    } else {
+        spin_sums::<S, 4>(s, dtype, rounds)
+    }
+}
+
+#[inline(always)]
+fn spin_sums<S: Simd, const SUMS: usize>(s: S, dtype: Dtype, rounds: u64) -> u64 {
+    let mut sums = [s.splat(0.0); SUMS];
     let x = s.splat(f32::from_bits(rounds as u32 | 1));
     let pair = s.pair(rounds as u32 | 1);
     let line = [rounds as u32; LANES];
@@ -67,7 +74,12 @@ fn spin<S: Simd>(s: S, dtype: Dtype, rounds: u64) -> f32 {
     for sum in &sums[1..] {
         total = s.add(total, *sum);
     }
-    first_lane(s, total)
+    std::hint::black_box(first_lane(s, total));
+    let products = match dtype {
+        Dtype::F32 => LANES,
+        Dtype::Bf16 => 2 * LANES,
+    };
+    rounds * (2 * SUMS * products) as u64
 }
 
 /// Reads every whole line once, in order: the machine's bandwidth limit.
@@ -169,7 +181,7 @@ macro_rules! entries {
 
             $(#[target_feature(enable = $features)])?
             #[allow(unused_unsafe)]
-            fn spin(dtype: Dtype, rounds: u64) -> f32 {
+            fn spin(dtype: Dtype, rounds: u64) -> u64 {
                 // SAFETY: as above.
                 super::spin(unsafe { $assume }, dtype, rounds)
             }

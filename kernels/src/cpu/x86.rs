@@ -159,8 +159,12 @@ impl Simd for Avx512 {
     avx512_common!();
 
     proven! {
-        pair(bits: u32) -> [__m512; 2] =
-            [_mm512_set1_ps(f32::from_bits(bits << 16)), _mm512_set1_ps(f32::from_bits(bits & 0xffff_0000))];
+        pair(bits: u32) -> [__m512; 2] = {
+            // Spread first and split after: a broadcast from memory costs nothing, one from a scalar does.
+            let both = _mm512_set1_epi32(bits as i32);
+            let high = _mm512_and_si512(both, _mm512_set1_epi32(0xffff_0000_u32 as i32));
+            [_mm512_castsi512_ps(_mm512_slli_epi32::<16>(both)), _mm512_castsi512_ps(high)]
+        };
         dot(acc: __m512, x: [__m512; 2], w: [__m512; 2]) -> __m512 =
             _mm512_fmadd_ps(x[1], w[1], _mm512_fmadd_ps(x[0], w[0], acc));
     }
@@ -208,8 +212,11 @@ impl Simd for Avx2 {
             _mm256_blendv_ps(y[1], x[1], _mm256_cmp_ps::<_CMP_LT_OQ>(a[1], b[1])),
         ];
         pow2(n: Two) -> Two = [pow2_half(n[0]), pow2_half(n[1])];
-        pair(bits: u32) -> Two =
-            [_mm256_set1_ps(f32::from_bits(bits << 16)), _mm256_set1_ps(f32::from_bits(bits & 0xffff_0000))];
+        pair(bits: u32) -> Two = {
+            let both = _mm256_set1_epi32(bits as i32);
+            let high = _mm256_and_si256(both, _mm256_set1_epi32(0xffff_0000_u32 as i32));
+            [_mm256_castsi256_ps(_mm256_slli_epi32::<16>(both)), _mm256_castsi256_ps(high)]
+        };
         dot(acc: Two, x: Two, w: [__m256i; 2]) -> Two = [dot_half(acc[0], x, w[0]), dot_half(acc[1], x, w[1])];
     }
 
