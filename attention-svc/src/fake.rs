@@ -1,5 +1,5 @@
-//! A model for tests: its "attention" checks that the pages of a sequence hold exactly the tokens before each row, and its
-//! logits are a hash of them all, so whatever the scheduler does wrong changes the output or panics.
+//! A model for tests: its "attention" checks that the pages of a sequence hold exactly the tokens before each row, and
+//! its logits are a hash of them all, so whatever the scheduler does wrong changes the output or panics.
 
 use std::sync::{Arc, Condvar, Mutex, PoisonError};
 use std::time::Instant;

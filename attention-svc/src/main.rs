@@ -55,7 +55,8 @@ struct Flags {
     #[arg(long, env = "MESH_PREFILL_CHUNK", value_name = "N", default_value_t = AttentionConfig::LIMITS.prefill_chunk)]
     prefill_chunk: u32,
     /// Tokens of one step, prefill and decode together.
-    #[arg(long, env = "MESH_STEP_TOKENS_MAX", value_name = "N", default_value_t = AttentionConfig::LIMITS.step_tokens_max)]
+    #[arg(long, env = "MESH_STEP_TOKENS_MAX", value_name = "N",
+          default_value_t = AttentionConfig::LIMITS.step_tokens_max)]
     step_tokens_max: u32,
     /// Requests that run at once.
     #[arg(long, env = "MESH_RUNNING_MAX", value_name = "N", default_value_t = AttentionConfig::LIMITS.running_max)]
@@ -67,7 +68,8 @@ struct Flags {
     #[arg(long, env = "MESH_MICRO_BATCHES", value_name = "N", default_value_t = AttentionConfig::MICRO_BATCHES)]
     micro_batches: u16,
     /// How long the router may take to be up, seconds.
-    #[arg(long, env = "MESH_REGISTER_FOR", value_name = "SECONDS", default_value_t = AttentionConfig::REGISTER_FOR.as_secs())]
+    #[arg(long, env = "MESH_REGISTER_FOR", value_name = "SECONDS",
+          default_value_t = AttentionConfig::REGISTER_FOR.as_secs())]
     register_for: u64,
     #[command(flatten)]
     log: LogArgs,

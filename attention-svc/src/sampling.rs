@@ -1,10 +1,10 @@
-//! From a row of logits to the next token, and to log-probabilities. A pure function of (logits, tokens so far, settings,
-//! seed, place in the output), so a seeded sample is as reproducible as a greedy one: no state is carried from token to
-//! token, and neither the batch nor a recomputation can shift it.
+//! From a row of logits to the next token, and to log-probabilities. A pure function of (logits, tokens so far,
+//! settings, seed, place in the output), so a seeded sample is as reproducible as a greedy one: no state is carried from
+//! token to token, and neither the batch nor a recomputation can shift it.
 //!
-//! Order, as in vLLM: repetition penalty, then frequency and presence penalties; then greedy, or temperature, min-p, top-k,
-//! top-p, draw. Differences, for the sake of one answer everywhere: equal logits are ordered by falling logit, then rising
-//! id, so top-k keeps exactly k where vLLM keeps all that tie with the k-th.
+//! Order, as in vLLM: repetition penalty, then frequency and presence penalties; then greedy, or temperature, min-p,
+//! top-k, top-p, draw. One difference, for the sake of one answer everywhere: equal logits are ordered by rising id, so
+//! top-k keeps exactly k where vLLM keeps all that tie with the k-th.
 
 use std::collections::BTreeMap;
 
@@ -156,7 +156,7 @@ impl Sampler {
             logit: *logit,
             weight: 0.0,
         }));
-        // Both this and min-p keep a head of the same order, so which comes first makes no difference but in exponentials.
+        // This and min-p keep a head of the same order, so which comes first makes no difference but in exponentials.
         keep_top_k(&mut self.kept, sampling.top_k as usize);
         self.kept.retain_mut(|c| {
             c.weight = ((f64::from(c.logit) - max) / temperature).exp();

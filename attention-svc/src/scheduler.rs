@@ -1,16 +1,16 @@
 //! Which rows the next step computes: continuous batching over a bounded KV cache. Pure: no IO, no clock, no threads.
 //!
-//! A sequence is its tokens (prompt, then output), of which the first `computed` have their K and V in the cache. Prefill,
-//! decode and recomputation are one thing: a step takes some of the tokens that are not computed yet, and where it takes
-//! the last one its logits give the next token.
+//! A sequence is its tokens (prompt, then output), of which the first `computed` have their K and V in the cache.
+//! Prefill, decode and recomputation are one thing: a step takes some of the tokens that are not computed yet, and where
+//! it takes the last one its logits give the next token.
 //!
 //! - Decoding sequences get their one row in every step; what is left of `step_tokens_max` goes to prefills in order of
 //!   arrival, at most `prefill_chunk` rows each. As there are never more running sequences than `step_tokens_max`, a
 //!   prefill that runs always has room, and decodes never wait for it.
 //! - Admission is strictly first come, first served: everyone running is older than everyone waiting.
-//! - When the cache runs out, the youngest running sequence gives its pages back and waits at the head of the queue, to be
-//!   recomputed. The oldest is never preempted for another and fits alone (checked when it is submitted), so every step
-//!   makes progress and everyone is served at last.
+//! - When the cache runs out, the youngest running sequence gives its pages back and waits at the head of the queue, to
+//!   be recomputed. The oldest is never preempted for another and fits alone (checked when it is submitted), so every
+//!   step makes progress and everyone is served at last.
 
 use std::collections::VecDeque;
 
@@ -58,7 +58,8 @@ pub enum Refusal {
     },
     /// It could never be finished, even alone.
     #[error(
-        "{tokens} tokens need {needed} KV pages and this node has {total}: ask for fewer tokens, or start the node with more pages"
+        "{tokens} tokens need {needed} KV pages and this node has {total}: ask for fewer tokens, or start the node with \
+         more pages"
     )]
     NeverFits {
         /// Tokens whose K and V it may need.
@@ -177,7 +178,7 @@ impl Scheduler {
         }
     }
 
-    /// Makes sure that every running sequence has pages for all its tokens, oldest first, at the expense of the youngest.
+    /// Makes sure that all running sequences have pages for all their tokens, oldest first, at the youngest's expense.
     fn cover_running(&mut self) {
         let mut i = 0;
         while i < self.running.len() {

@@ -107,7 +107,8 @@ fn gone() -> MeshError {
     MeshError::new(Code::NodeLost, "the attention node's engine is gone; try again")
 }
 
-/// The caller's deadline, out of the `grpc-timeout` header: up to eight digits and a unit. One that does not parse is none.
+/// The caller's deadline, out of the `grpc-timeout` header: up to eight digits and a unit. One that does not parse is
+/// none.
 fn timeout(metadata: &MetadataMap) -> Option<Duration> {
     let text = metadata.get("grpc-timeout")?.to_str().ok()?;
     let (digits, unit) = text.split_at_checked(text.len().checked_sub(1)?)?;

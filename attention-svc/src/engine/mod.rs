@@ -113,7 +113,7 @@ pub struct EngineOptions {
     pub vocab: u32,
     /// The model's end-of-sequence ids.
     pub eos: Vec<u32>,
-    /// How long requests wait for a view that serves, once a step has failed for want of a node. Zero: they end at once.
+    /// How long requests wait for a view that serves, once a step failed for want of a node. Zero: they end at once.
     pub recovery_max: Duration,
 }
 

@@ -245,7 +245,8 @@ enum Op {
 
 fn op() -> impl Strategy<Value = Op> {
     prop_oneof![
-        3 => (1u32..14, 1u32..12, any::<bool>()).prop_map(|(length, max_new, score)| Op::Submit { length, max_new, score }),
+        3 => (1u32..14, 1u32..12, any::<bool>())
+            .prop_map(|(length, max_new, score)| Op::Submit { length, max_new, score }),
         1 => (0usize..8).prop_map(Op::Cancel),
         4 => Just(Op::Step),
     ]
@@ -254,8 +255,8 @@ fn op() -> impl Strategy<Value = Op> {
 proptest! {
     #![proptest_config(ProptestConfig { cases: 400, ..ProptestConfig::default() })]
 
-    /// Whatever arrives, leaves and is preempted in a tiny cache: everyone gets what they would get alone, nobody stands
-    /// still for ever, no bound is passed, and no page is lost.
+    /// Whatever arrives, leaves and is preempted in a tiny cache: everyone gets what they would get alone, nobody
+    /// stands still for ever, no bound is passed, and no page is lost.
     #[test]
     fn everyone_gets_what_they_would_get_alone(
         ops in prop::collection::vec(op(), 1..60), pages in 4u32..12, step_tokens_max in 1u32..12,
@@ -289,7 +290,8 @@ proptest! {
         for (id, (p, max_new, seed, score)) in taken {
             let (output, scores) = &rig.done[&id];
             prop_assert_eq!(output, &lone(&p, max_new, seed));
-            let expected: Vec<f32> = if score { (1..p.len()).map(|n| lone_logits(&p[..n])[0]).collect() } else { vec![] };
+            let rows = if score { 1..p.len() } else { 0..0 };
+            let expected: Vec<f32> = rows.map(|n| lone_logits(&p[..n])[0]).collect();
             prop_assert_eq!(scores, &expected);
         }
     }
