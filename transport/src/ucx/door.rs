@@ -17,6 +17,8 @@ use crate::{Credentials, Identity, Limits, TransportError, TransportKind};
 pub const SCHEME: &str = "ucx://";
 /// Connections taken from the listener in one look, at most.
 const ACCEPTS_MAX: usize = 16;
+/// How long the listener is left alone when the system refuses to accept (out of file descriptors, say).
+const ACCEPT_REST: Duration = Duration::from_millis(100);
 /// Guests that are being told that there is no room, at most; one more pushes the oldest out.
 const BUSY_MAX: usize = 16;
 /// Seconds of silence, seconds between probes and their number, after which the system takes a silent host for dead.
@@ -57,6 +59,8 @@ pub struct Door {
     handshake_max: Duration,
     greeting: Greeting,
     guests: Vec<Guest>,
+    /// Until when the listener is left alone.
+    resting: Option<Instant>,
     /// Those turned away since they were last counted, by the reason's name.
     turned_away: Vec<&'static str>,
 }
@@ -92,7 +96,16 @@ impl Door {
             }
         };
         let handshake_max = limits.handshake_max;
-        Ok(Self { listener, addr, credentials, handshake_max, greeting, guests: Vec::new(), turned_away: Vec::new() })
+        Ok(Self {
+            listener,
+            addr,
+            credentials,
+            handshake_max,
+            greeting,
+            guests: Vec::new(),
+            resting: None,
+            turned_away: Vec::new(),
+        })
     }
 
     /// Where peers connect to; empty without a listener.
@@ -102,7 +115,7 @@ impl Door {
 
     /// Adds the sockets to look at.
     pub fn watch(&self, watched: &mut Watched) {
-        if let Some(listener) = &self.listener {
+        if let Some(listener) = self.listener.as_ref().filter(|_| self.resting.is_none()) {
             watched.push(listener.as_raw_fd(), false);
         }
         for guest in &self.guests {
@@ -110,9 +123,9 @@ impl Door {
         }
     }
 
-    /// When the next guest's time is up.
+    /// When the next guest's time is up, or the listener has rested.
     pub fn deadline(&self) -> Option<Instant> {
-        self.guests.iter().map(|guest| guest.until).min()
+        self.guests.iter().map(|guest| guest.until).chain(self.resting).min()
     }
 
     /// The reasons for which peers were turned away since the last call.
@@ -148,10 +161,22 @@ impl Door {
     }
 
     fn take_in(&mut self, inbox: &Inbox) {
-        for _ in 0..ACCEPTS_MAX {
-            let Some((stream, from)) = self.listener.as_ref().and_then(|listener| listener.accept().ok()) else {
-                return;
-            };
+        self.resting = self.resting.filter(|until| Instant::now() < *until);
+        let Some(listener) = self.listener.as_ref().filter(|_| self.resting.is_none()) else { return };
+        let mut arrived = Vec::new();
+        while arrived.len() < ACCEPTS_MAX {
+            match listener.accept() {
+                Ok(connection) => arrived.push(connection),
+                Err(error) if later(&error) => break,
+                Err(error) if error.kind() == io::ErrorKind::ConnectionAborted => {}
+                Err(error) => {
+                    tracing::warn!(%error, "cannot accept connections for a moment");
+                    self.resting = Some(Instant::now() + ACCEPT_REST);
+                    break;
+                }
+            }
+        }
+        for (stream, from) in arrived {
             if let Err(error) = self.welcome(stream, from.to_string(), inbox) {
                 tracing::warn!(peer = %from, %error, "cannot take a connection in");
             }

@@ -23,7 +23,7 @@ use crate::{
 /// Calls of `ucp_worker_progress` in one poll, at most: a peer that never stops must not keep the caller from its events.
 const PROGRESS_MAX: usize = 16;
 /// Polls, or spins of a wait, between two looks at the sockets, which cost a system call.
-const SOCKETS_EVERY: u32 = 64;
+const SOCKETS_EVERY: u32 = 256;
 /// Attempts to fall asleep that may find UCX busy before the wait returns instead.
 const ARM_TRIES_MAX: usize = 1000;
 
