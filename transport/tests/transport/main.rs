@@ -11,7 +11,10 @@ use mesh_transport::TransportKind;
 
 conformance::suite!(local, TransportKind::Local);
 conformance::suite!(tcp, TransportKind::Tcp);
-conformance::suite!(ucx, match ucx_cases::kind() {
-    Some(kind) => kind,
-    None => return,
-});
+conformance::suite!(
+    ucx,
+    match ucx_cases::kind() {
+        Some(kind) => kind,
+        None => return,
+    }
+);
