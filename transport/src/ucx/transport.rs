@@ -24,6 +24,8 @@ use crate::{
 const PROGRESS_MAX: usize = 16;
 /// Polls, or spins of a wait, between two looks at the sockets, which cost a system call.
 const SOCKETS_EVERY: u32 = 256;
+/// Spins of a wait between two offers of the processor to others, who may be whom we wait for.
+const YIELD_EVERY: u32 = 32;
 /// Attempts to fall asleep that may find UCX busy before the wait returns instead.
 const ARM_TRIES_MAX: usize = 1000;
 
@@ -463,10 +465,13 @@ impl UcxTransport {
     /// Spins for as long as the limits say; whether there is something to poll for.
     fn spin(&mut self, deadline: Instant) -> bool {
         let until = Instant::now().checked_add(self.limits.spin_max).map_or(deadline, |until| until.min(deadline));
-        loop {
-            for _ in 0..SOCKETS_EVERY {
+        while Instant::now() < until {
+            for spin in 1..=SOCKETS_EVERY {
                 if self.worker.progress() || self.worker.inbox().has_news() || self.waker.take() {
                     return true;
+                }
+                if spin % YIELD_EVERY == 0 {
+                    std::thread::yield_now();
                 }
                 std::hint::spin_loop();
             }
@@ -478,11 +483,7 @@ impl UcxTransport {
                 self.polls = SOCKETS_EVERY;
                 return true;
             }
-            if Instant::now() >= until {
-                return Instant::now() >= deadline;
-            }
-            // Others may have something to do on this processor, and be whom we wait for.
-            std::thread::yield_now();
         }
+        until >= deadline
     }
 }
