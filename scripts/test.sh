@@ -15,8 +15,10 @@ cargo test --release --workspace -- --test-threads "$threads" --nocapture 2>&1 |
 printf '\n== summary ==\n'
 grep -hoE 'test result: .*' "$log" |
   awk '{ passed += $4; failed += $6; ignored += $8 } END { printf "%d tests passed, %d failed, %d ignored\n", passed, failed, ignored }'
-if grep -q 'UCX: ' "$log"; then
-  grep -hoE 'UCX: .*' "$log" | sort -u
+if grep -q 'UCX: .*: ran on ' "$log"; then
+  # Whole suites by name; the transport's own cases are many, so they are counted.
+  grep -hoE 'UCX: .*: ran on .*' "$log" | sort -u |
+    awk '/^UCX: transport: /{n++; sub(/.*: ran on /, ""); on = $0; next} {print} END {if (n) print "UCX: " n " transport cases: ran on " on}'
 else
   echo 'UCX: no case says that it ran'
 fi

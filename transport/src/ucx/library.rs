@@ -22,7 +22,7 @@ struct Opened {
 pub enum UcxError {
     /// The library cannot be opened.
     #[error(
-        "cannot open {}: {reason}; install UCX (Debian: libucx0) or name its folder in MESH_UCX_LIB_DIR",
+        "cannot open {}: {reason}; install UCX (Debian: libucx0) or put its folder into LD_LIBRARY_PATH",
         sys::SONAME
     )]
     NotFound {

@@ -4,7 +4,6 @@ use std::io::{BufRead, BufReader, Write};
 use std::path::PathBuf;
 use std::process::{Child, Command, Stdio};
 use std::sync::OnceLock;
-use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
 use mesh_core::{Role, Slot};
@@ -28,8 +27,6 @@ const SEND: &str = "send";
 /// Never polls at all.
 const NOTHING: &str = "nothing";
 
-static CASES: AtomicUsize = AtomicUsize::new(0);
-
 fn options(tls: Option<String>) -> UcxOptions {
     UcxOptions { library_dir: std::env::var_os("MESH_UCX_LIB_DIR").map(PathBuf::from), tls }
 }
@@ -44,10 +41,9 @@ fn found() -> &'static Result<UcxInfo, String> {
 /// of a case that passes to itself.
 pub fn kind() -> Option<TransportKind> {
     let case = std::thread::current().name().unwrap_or("a case").to_owned();
-    let count = CASES.fetch_add(1, Ordering::Relaxed) + 1;
     let (line, kind) = match found() {
-        Ok(info) => (format!("UCX {}: {count} UCX cases run, now {case}\n", info.version), Some(TransportKind::Ucx)),
-        Err(why) => (format!("UCX not found ({why}): {count} UCX cases not run, now {case}\n"), None),
+        Ok(info) => (format!("UCX: transport: {case}: ran on {}\n", info.version), Some(TransportKind::Ucx)),
+        Err(why) => (format!("NOT RUN: UCX: transport: {case}: {why}\n"), None),
     };
     std::io::stderr().write_all(line.as_bytes()).unwrap();
     kind
