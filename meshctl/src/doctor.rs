@@ -58,7 +58,7 @@ pub struct Report {
 pub async fn run(args: &DoctorArgs) -> Result<Exit, CliError> {
     let report = examine().await;
     if args.json {
-        print_line(&serde_json::json!(report));
+        print_line(&report);
     } else {
         show(&report.to_text())?;
     }

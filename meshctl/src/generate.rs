@@ -171,7 +171,7 @@ pub async fn run(args: GenerateArgs) -> Result<Exit, CliError> {
     }
     let completion = done?;
     if args.json {
-        print_line(&serde_json::json!(completion));
+        print_line(&completion);
     }
     Ok(Exit::Ok)
 }

@@ -19,7 +19,7 @@ pub async fn run(args: UpArgs) -> Result<Exit, CliError> {
     let progress = Progress::new(args.json);
     let start = Mesh::start(&args, &progress, progress.sink());
     let (mesh, line) = signals.unless(start).await?;
-    print_line(&serde_json::json!(line));
+    print_line(&line);
     if !args.json {
         eprintln!("serving on {}; Ctrl-C stops the mesh", mesh.grpc());
     }
@@ -45,12 +45,13 @@ pub async fn run(args: UpArgs) -> Result<Exit, CliError> {
     Ok(Exit::Ok)
 }
 
-/// One JSON line on stdout, flushed, so that whoever reads a pipe sees it at once.
-pub fn print_line(value: &serde_json::Value) {
+/// One JSON line on stdout, its fields in their declared order, flushed, so that whoever reads a pipe sees it at once.
+pub fn print_line(value: &impl serde::Serialize) {
     use std::io::Write;
+    let line = serde_json::to_string(value).expect("our own types serialise: no map has keys other than strings");
     let mut out = std::io::stdout().lock();
     // Nobody reads any more: there is nobody to tell.
-    let _ = writeln!(out, "{value}").and_then(|()| out.flush());
+    let _ = writeln!(out, "{line}").and_then(|()| out.flush());
 }
 
 /// The whole mesh in one process is another program, which takes this one's place.
