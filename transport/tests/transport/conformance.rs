@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 use mesh_core::{NodeId, Role, Seq, Slot};
 use mesh_transport::frame::{AbortReason, FrameHeader, Kind};
 use mesh_transport::handshake::HandshakeError;
-use mesh_transport::{Event, Limits, TransportError, TransportKind};
+use mesh_transport::{Event, Limits, Transport, TransportError, TransportKind};
 
 use crate::support::{Echo, Mesh, PATIENCE, Pair, check_echo, credentials, dispatch, meet, next, try_send, until};
 
@@ -77,7 +77,7 @@ pub fn frames_of_every_size_go_both_ways(kind: TransportKind) {
     let stats = client.stats();
     assert_eq!((stats.frames_sent, stats.frames_received), (10, 10));
     assert!(stats.bytes_received > 9 << 20 && stats.bytes_sent > stats.bytes_received);
-    assert_eq!(client.stats().bodies_in_use, 0);
+    all_bodies_come_back(&mut client);
     assert_eq!(echo.stop().stats().bodies_in_use, 0);
 }
 
@@ -115,7 +115,7 @@ pub fn three_clients_and_two_servers_keep_their_frames_apart(kind: TransportKind
                         });
                     }
                 }
-                assert_eq!(client.stats().bodies_in_use, 0);
+                all_bodies_come_back(&mut client);
             });
         }
     });
@@ -149,11 +149,16 @@ pub fn a_tiny_window_slows_down_and_loses_nothing(kind: TransportKind) {
                     }
                     got == FRAMES
                 });
-                assert_eq!(client.stats().bodies_in_use, 0);
+                all_bodies_come_back(&mut client);
             });
         }
     });
     assert_eq!(echo.stop().stats().bodies_in_use, 0);
+}
+
+/// Where bodies are moved, the peer may hold one for a moment after its answer has arrived.
+fn all_bodies_come_back(transport: &mut Box<dyn Transport>) {
+    until(transport, |transport| transport.stats().bodies_in_use == 0);
 }
 
 pub fn small_frames_keep_their_order(kind: TransportKind) {
@@ -333,7 +338,7 @@ pub fn what_is_wrong_with_a_send_is_said_at_once(kind: TransportKind) {
     let late = client.send(near, &FrameHeader::probe(Slot(0)), body);
     assert!(matches!(late, Err(TransportError::NoChannel { .. })), "{late:?}");
     assert!(matches!(next(&mut server), Event::Closed { channel, .. } if channel == far));
-    assert_eq!(client.stats().bodies_in_use, 0);
+    all_bodies_come_back(&mut client);
 }
 
 pub fn the_wrong_secret_and_the_wrong_model_are_refused(kind: TransportKind) {
