@@ -69,19 +69,27 @@ struct Limits {
 }
 
 impl Limits {
-    fn of(cpu: &Cpu) -> Result<Limits, Failure> {
+    fn of(cpu: &Cpu) -> Limits {
         let mut operations = 0;
         let spin = measure(|| operations = cpu.probe_arithmetic(100_000));
-        let mut lines = RowBuf::new(Dtype::F32, COPIES_BYTES / 4096, 1024)?;
-        // Untouched pages would all be the one page of zeros.
-        lines.as_rows_mut().bytes.fill(1);
-        let read = measure(|| cpu.probe_read(lines.as_rows().bytes));
-        Ok(Limits { gflops: operations as f64 / spin / 1e9, gbytes: COPIES_BYTES as f64 / read / 1e9 })
+        let (n, k) = (COPIES_BYTES / HIDDEN / cpu.dtype().bytes(), HIDDEN);
+        let zeros = vec![0u8; n * k * Dtype::Bf16.bytes()];
+        let weights = cpu.pack(&[MatrixView { dtype: Dtype::Bf16, n, k, bytes: &zeros }]);
+        let mut bytes = 0;
+        let read = measure(|| bytes = cpu.probe_read(&weights));
+        Limits { gflops: operations as f64 / spin / 1e9, gbytes: bytes as f64 / read / 1e9 }
     }
 }
 
+/// Rows that were written: untouched pages would all be the one page of zeros.
+fn written_rows(dtype: Dtype, rows: usize, cols: usize) -> Result<RowBuf, Failure> {
+    let mut buf = RowBuf::new(dtype, rows, cols)?;
+    buf.as_rows_mut().bytes.fill(1);
+    Ok(buf)
+}
+
 fn report(cpu: &Cpu) -> Result<Value, Failure> {
-    let limits = Limits::of(cpu)?;
+    let limits = Limits::of(cpu);
     let mut cases = Vec::new();
     for (n, k) in [(HIDDEN, HIDDEN), (2 * INTERMEDIATE, HIDDEN), (HIDDEN, INTERMEDIATE)] {
         for m in [1, 8, 64, 512] {
@@ -121,7 +129,7 @@ fn linear_seconds(cpu: &Cpu, m: usize, n: usize, k: usize) -> Result<f64, Failur
     let copies = COPIES_BYTES / (n * k * cpu.dtype().bytes());
     let pack = || cpu.pack(&[MatrixView { dtype: Dtype::F32, n, k, bytes: &stored }]);
     let packed: Vec<Matrix> = (0..copies).map(|_| pack()).collect();
-    let x = RowBuf::new(cpu.dtype(), m, k)?;
+    let x = written_rows(cpu.dtype(), m, k)?;
     let mut out = vec![0f32; m * n];
     let mut copy = 0;
     Ok(measure(|| {
@@ -136,7 +144,7 @@ fn ffn_seconds(cpu: &Cpu, m: usize) -> Result<f64, Failure> {
     let view = MatrixView { dtype: Dtype::F32, n, k, bytes: &stored };
     let copies = COPIES_BYTES / (3 * n * k * cpu.dtype().bytes());
     let packed: Vec<Ffn> = (0..copies).map(|_| cpu.pack_ffn(view, view, MatrixView { n: k, k: n, ..view })).collect();
-    let (x, mut out) = (RowBuf::new(cpu.dtype(), m, k)?, RowBuf::new(cpu.dtype(), m, k)?);
+    let (x, mut out) = (written_rows(cpu.dtype(), m, k)?, written_rows(cpu.dtype(), m, k)?);
     let mut copy = 0;
     Ok(measure(|| {
         let x = (0..m).map(|row| x.as_rows().row(row)).collect();

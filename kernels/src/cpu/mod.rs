@@ -94,15 +94,17 @@ impl Cpu {
         operations.into_inner()
     }
 
-    /// Reads `bytes` once, shared over the threads: timed, it is the limit of a product of one row.
-    pub fn probe_read(&self, bytes: &[u8]) {
-        let tasks = self.pool.tasks(u64::MAX);
-        let part = (bytes.len().div_ceil(tasks)).max(1).next_multiple_of(4096);
+    /// Reads packed weights once, shared over the threads, and returns how many bytes those were: timed, it is the limit
+    /// of a product of one row.
+    pub fn probe_read(&self, weights: &Matrix) -> usize {
+        let bytes = weights.data.as_slice();
+        let part = bytes.len().div_ceil(self.pool.tasks(u64::MAX)).max(1).next_multiple_of(4096);
         let parts: Vec<&[u8]> = bytes.chunks(part).collect();
         self.pool.run(parts.len(), bytes.len() as u64, |task| {
             // SAFETY: as in `probe_arithmetic`.
             std::hint::black_box(unsafe { (self.kernels.read)(parts[task]) });
         });
+        bytes.len()
     }
 
     fn take_scratch(&self) -> RowBuf {
