@@ -15,7 +15,7 @@ use crate::choice;
 use crate::config::RouterConfig;
 use crate::membership::Node;
 use crate::mesh::Mesh;
-use crate::plane::Plane;
+use crate::plane::{Plane, Routing};
 use crate::relay::{self, Ends, Relay};
 use crate::validate;
 
@@ -36,6 +36,8 @@ struct Requests {
 pub struct Admitted {
     requests: Arc<Requests>,
     _permit: OwnedSemaphorePermit,
+    /// Its count at the attention node that was chosen.
+    routing: Option<Routing>,
 }
 
 impl Drop for Admitted {
@@ -80,7 +82,7 @@ impl FrontDoor {
         })?;
         self.requests.active.fetch_add(1, Ordering::Relaxed);
         self.requests.total.fetch_add(1, Ordering::Relaxed);
-        Ok(Admitted { requests: Arc::clone(&self.requests), _permit: permit })
+        Ok(Admitted { requests: Arc::clone(&self.requests), _permit: permit, routing: None })
     }
 
     /// Waits, bounded, until requests are taken. A mesh that does not come up is told by [`Plane::choose`].
@@ -92,7 +94,7 @@ impl FrontDoor {
 
     async fn open(&self, mut request: v1::GenerateRequest, deadline: Option<Instant>) -> Result<Relay, MeshError> {
         validate::check(&request)?;
-        let admitted = self.admit()?;
+        let mut admitted = self.admit()?;
         name(&mut request)?;
         let blocks = choice::blocks(&request);
         let (id, stopping) = (request.request_id.clone(), self.stopping.clone());
@@ -102,7 +104,8 @@ impl FrontDoor {
             error = waiting => return Err(error),
             () = self.wait_for_view() => {}
         }
-        let upstream = self.plane.choose(blocks)?;
+        let (upstream, routing) = self.plane.choose(blocks)?;
+        admitted.routing = Some(routing);
         tracing::debug!(request = id, node = upstream.label, "request routed");
         let ends = Ends::of(&upstream, stopping, deadline);
         relay::open(upstream, request, ends, admitted, self.stall_max).await

@@ -110,6 +110,8 @@ pub struct Node {
     pub routed_blocks: u64,
     /// Requests routed to it since its last heartbeat.
     pub routed_requests: u64,
+    /// Heartbeats taken: says whether a request was routed before or after the last.
+    pub heartbeats: u64,
     /// Whether it has committed a view: an attention node then takes requests.
     pub committed: bool,
     /// Prepared views in a row that failed because of this node.
@@ -198,6 +200,7 @@ impl Members {
             load: v1::NodeLoad::default(),
             routed_blocks: 0,
             routed_requests: 0,
+            heartbeats: 0,
             committed: false,
             failures: 0,
             heard: now,
@@ -292,6 +295,7 @@ impl Members {
             // The account includes by now what was routed before.
             node.routed_blocks = 0;
             node.routed_requests = 0;
+            node.heartbeats += 1;
         }
     }
 

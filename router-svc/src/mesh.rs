@@ -264,7 +264,11 @@ impl Mesh {
     fn remove(&mut self, node: NodeId, why: &str, in_order: bool, now: Instant) {
         let Some(gone) = self.members.remove(node) else { return };
         let label = gone.label();
-        tracing::warn!(%node, label, why, in_order, "node gone");
+        if in_order {
+            tracing::info!(%node, label, why, "node left in good order");
+        } else {
+            tracing::warn!(%node, label, why, "node gone");
+        }
         self.actions.push(Action::Gone { node, why: why.to_owned(), in_order });
         if !gone.is_live() {
             return;
@@ -307,8 +311,8 @@ impl Mesh {
             }
         }
         if blamed.is_empty() {
-            // A death is no failure of the view: the next one is without the node, at once.
-            tracing::warn!(view = view.id.0, why, "view abandoned");
+            // A node that goes is no failure of the view: the next one is without the node, at once.
+            tracing::info!(view = view.id.0, why, "view abandoned");
             return;
         }
         let backoff = self.policy.backoff_min.saturating_mul(1 << self.abandoned.min(16)).min(self.policy.backoff_max);

@@ -1,7 +1,7 @@
 //! The control plane at work: the state machine behind a lock, the sessions it speaks through, and its one timer.
 
 use std::collections::{BTreeMap, VecDeque};
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use mesh_core::{NodeId, Role};
@@ -53,6 +53,19 @@ pub struct Upstream {
     pub client: AttentionClient<Channel>,
     /// Cancelled when the node is lost: its streams are waited for in vain.
     pub lost: CancellationToken,
+}
+
+/// A request counted at its attention node for as long as this lives.
+#[derive(Debug)]
+pub struct Routing {
+    plane: Arc<Plane>,
+    routed: choice::Routed,
+}
+
+impl Drop for Routing {
+    fn drop(&mut self) {
+        choice::ended(self.plane.lock().mesh.members_mut(), self.routed);
+    }
 }
 
 #[derive(Debug)]
@@ -217,14 +230,15 @@ impl Plane {
     ///
     /// # Errors
     /// [`Code::NotServing`].
-    pub fn choose(&self, blocks: u64) -> Result<Upstream, MeshError> {
+    pub fn choose(self: &Arc<Self>, blocks: u64) -> Result<(Upstream, Routing), MeshError> {
         let mut state = self.lock();
         if !state.mesh.is_serving() {
             return Err(state.mesh.why_not_serving());
         }
         let chosen = choice::choose(state.mesh.members_mut(), blocks);
-        let upstream = chosen.and_then(|node| state.links.get(&node)?.attention.clone());
-        upstream.ok_or_else(|| state.mesh.why_not_serving())
+        let upstream = chosen.and_then(|routed| Some((state.links.get(&routed.node)?.attention.clone()?, routed)));
+        let (upstream, routed) = upstream.ok_or_else(|| state.mesh.why_not_serving())?;
+        Ok((upstream, Routing { plane: Arc::clone(self), routed }))
     }
 
     /// Tells every node that the router goes, and ends the sessions. Nothing is served from here on.
