@@ -20,16 +20,16 @@ use tokio::task::JoinHandle;
 const BYSTANDER_TOKENS: u32 = 900;
 
 /// A stream that runs while bad things happen to others.
-struct Bystander(JoinHandle<Result<Generation, MeshError>>, Vec<u32>);
+pub struct Bystander(JoinHandle<Result<Generation, MeshError>>, Vec<u32>);
 
 impl Bystander {
-    async fn start(mesh: &Mesh) -> Self {
+    pub async fn start(mesh: &Mesh) -> Self {
         let request = ids_request(&[57, 280, 718, 339], BYSTANDER_TOKENS);
         let alone = mesh.generate(request.clone()).await.expect("a stream with nobody else").ids();
         Self(tokio::spawn(generate(mesh.client(), request)), alone)
     }
 
-    async fn assert_untouched(self) {
+    pub async fn assert_untouched(self) {
         let answer = soon("the bystander", self.0).await.expect("no panic").expect("its stream goes on");
         assert_eq!(answer.ids(), self.1, "its tokens are those that it gets alone");
     }
