@@ -32,6 +32,8 @@ pub enum Command {
     /// Start 1 router, 2 attention and 4 expert processes on the shipped tiny model, stream a completion, measure the
     /// all-to-all, stop everything.
     Demo(DemoArgs),
+    /// Put load on a running mesh and measure latency, throughput and goodput.
+    Bench(crate::bench::BenchArgs),
 }
 
 /// The data plane that nodes use among themselves.
@@ -235,7 +237,8 @@ pub struct DemoArgs {
     pub bin_dir: Option<PathBuf>,
 }
 
-fn seconds(s: &str) -> Result<Duration, String> {
+/// A duration as flags give it: seconds, above 0.
+pub(crate) fn seconds(s: &str) -> Result<Duration, String> {
     let seconds: f64 = s.parse().map_err(|_| format!("`{s}` is not a number of seconds"))?;
     let duration = Duration::try_from_secs_f64(seconds).map_err(|e| format!("`{s}` seconds: {e}"))?;
     if duration.is_zero() { Err("must be more than 0 seconds".to_owned()) } else { Ok(duration) }

@@ -150,6 +150,9 @@ pub enum CliError {
         /// The machine's reason.
         source: std::io::Error,
     },
+    /// A load test could not start, or its results could not be kept.
+    #[error(transparent)]
+    Bench(#[from] crate::bench::BenchError),
     /// Ctrl-C or SIGTERM before the work was done.
     #[error("interrupted")]
     Interrupted,
@@ -169,6 +172,7 @@ impl CliError {
             },
             CliError::BadReadyLine { .. } | CliError::StreamCut | CliError::Demo(_) => Exit::Internal,
             CliError::StartTimeout { .. } => Exit::Deadline,
+            CliError::Bench(error) => error.exit(),
             CliError::Interrupted => Exit::Interrupted,
         }
     }
@@ -187,6 +191,7 @@ impl CliError {
             }
             CliError::ChildDied { .. } => "the log lines above say why; fix that and start again",
             CliError::Mesh(error) => remedy_of(error.code),
+            CliError::Bench(error) => error.remedy(),
             CliError::BadReadyLine { .. } => "build all binaries from one commit: `cargo build --release --bins`",
             _ => return None,
         })

@@ -9,11 +9,13 @@
 //! - [`signals`]: SIGINT, SIGTERM and SIGHUP as something to wait for
 //! - [`client`]: the gRPC connection and its errors in words
 //! - [`up`], [`generate`], [`status`], [`doctor`], [`demo`]: the commands
+//! - [`bench`]: the load tester for a running mesh
 //! - [`probe`]: native libraries opened at run time, for `doctor`
 //! - [`volume`]: the all-to-all arithmetic that `demo` prints beside what it measured
 
 #![deny(unsafe_code)]
 
+pub mod bench;
 pub mod cli;
 pub mod client;
 pub mod demo;
@@ -43,5 +45,6 @@ pub async fn run(cli: Cli) -> Result<Exit, CliError> {
         Command::Status(args) => status::run(args).await,
         Command::Doctor(args) => doctor::run(&args).await,
         Command::Demo(args) => demo::run(args).await,
+        Command::Bench(args) => bench::run(args).await,
     }
 }

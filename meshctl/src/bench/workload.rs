@@ -1,0 +1,254 @@
+//! What is asked: the prompt and the length of each request, from the seed and the request's number alone.
+
+use std::path::PathBuf;
+
+use mesh_proto::v1::generate_request::Prompt;
+use mesh_proto::v1::generate_response::Event;
+use mesh_proto::v1::{GenerateRequest, ModelInfo, TokenIds};
+
+use super::args::BenchArgs;
+use super::dataset::{Dataset, Pair};
+use super::error::BenchError;
+use super::lengths::Length;
+use super::random::Random;
+use crate::client::{Client, failed};
+use crate::exit::CliError;
+
+/// Tokens to make when nobody says.
+pub const OUTPUT_DEFAULT: Length = Length::Fixed(64);
+/// Most bytes of text that are sent to learn how many bytes a token has.
+const CALIBRATION_BYTES_MAX: usize = 8192;
+/// Part of the context that prompts from a dataset may fill by estimate; the rest is for the estimate's error.
+const CONTEXT_SHARE: f64 = 0.8;
+/// The seed's branches.
+const LENGTHS: u64 = u64::from_be_bytes(*b"lengths ");
+const PROMPTS: u64 = u64::from_be_bytes(*b"prompts ");
+
+#[derive(Debug)]
+enum Source {
+    /// Random ids of the vocabulary.
+    Ids { input: Length },
+    /// Texts, and how long their answers were.
+    Texts { pairs: Vec<Pair>, bytes_per_token: f64 },
+}
+
+/// Requests to send.
+#[derive(Debug)]
+pub struct Workload {
+    source: Source,
+    output: Option<Length>,
+    context: u32,
+    vocab: u32,
+    seed: u64,
+    ignore_eos: bool,
+}
+
+/// A request to send and what it asks for.
+#[derive(Debug)]
+pub struct Ask {
+    /// The message.
+    pub request: GenerateRequest,
+    /// Tokens that must come unless the model may stop by itself.
+    pub output: u32,
+}
+
+impl Workload {
+    /// Random prompts, or those of `dataset` where there is one, for the model that the mesh serves.
+    ///
+    /// # Errors
+    /// [`BenchError`] when lengths and context do not fit; [`CliError::Mesh`] when the mesh cannot count tokens.
+    pub async fn new(
+        args: &BenchArgs,
+        model: &ModelInfo,
+        dataset: Option<(PathBuf, &mut Dataset)>,
+        client: &mut Client,
+    ) -> Result<Self, CliError> {
+        let ModelInfo { context, vocab, .. } = *model;
+        let (source, output) = match dataset {
+            None => (Source::Ids { input: args.input_tokens }, Some(args.output_tokens.unwrap_or(OUTPUT_DEFAULT))),
+            Some((path, dataset)) => {
+                let bytes_per_token = calibrate(client, &dataset.pairs, context).await?;
+                keep_fitting(dataset, bytes_per_token, args.output_tokens, context);
+                if dataset.pairs.is_empty() {
+                    return Err(BenchError::NothingFits { path, context }.into());
+                }
+                let pairs = std::mem::take(&mut dataset.pairs);
+                (Source::Texts { pairs, bytes_per_token }, args.output_tokens)
+            }
+        };
+        let input = if let Source::Ids { input } = &source { input.longest() } else { 1 };
+        let output_longest = output.map_or(1, Length::longest);
+        if input + output_longest > context {
+            return Err(BenchError::TooLong { input, output: output_longest, context }.into());
+        }
+        Ok(Self { source, output, context, vocab, seed: args.seed, ignore_eos: !args.stop_at_eos })
+    }
+
+    /// Bytes of one token, where prompts are texts.
+    pub fn bytes_per_token(&self) -> Option<f64> {
+        match &self.source {
+            Source::Ids { .. } => None,
+            Source::Texts { bytes_per_token, .. } => Some(*bytes_per_token),
+        }
+    }
+
+    /// Request `index` of load point `point`. Lengths depend on the index alone, so that points of a sweep compare;
+    /// random prompts on both, so that no point meets a prompt again.
+    pub fn ask(&self, point: u64, index: u64) -> Ask {
+        let mut lengths = Random::new(self.seed, &[LENGTHS, index]);
+        let (prompt, output) = match &self.source {
+            Source::Ids { input } => {
+                let output_max = self.output.map_or(1, Length::longest);
+                let ids = input.draw(&mut lengths, self.context.saturating_sub(output_max).max(1));
+                let mut random = Random::new(self.seed, &[PROMPTS, point, index]);
+                let vocab = u64::from(self.vocab);
+                let drawn = (0..ids).map(|_| random.below(vocab) as u32).collect();
+                let room = self.context.saturating_sub(ids);
+                (Prompt::TokenIds(TokenIds { ids: drawn }), self.output.map_or(1, |o| o.draw(&mut lengths, room)))
+            }
+            Source::Texts { pairs, bytes_per_token } => {
+                let pair = &pairs[(index % pairs.len() as u64) as usize];
+                let room = self.context.saturating_sub(tokens(pair.prompt.len(), *bytes_per_token));
+                let own = || tokens(pair.reply_bytes, *bytes_per_token);
+                (Prompt::Text(pair.prompt.clone()), self.output.map_or_else(own, |o| o.draw(&mut lengths, room)))
+            }
+        };
+        let request = GenerateRequest {
+            prompt: Some(prompt),
+            max_new_tokens: Some(output),
+            ignore_eos: self.ignore_eos,
+            ..GenerateRequest::default()
+        };
+        Ask { request, output }
+    }
+
+    /// Whether every answer must have the length that was asked for.
+    pub fn exact(&self) -> bool {
+        self.ignore_eos
+    }
+}
+
+/// An estimate from the text's length.
+fn tokens(bytes: usize, bytes_per_token: f64) -> u32 {
+    (bytes as f64 / bytes_per_token).round().max(1.0) as u32
+}
+
+/// Leaves what the context takes, by estimate.
+fn keep_fitting(dataset: &mut Dataset, bytes_per_token: f64, output: Option<Length>, context: u32) {
+    let before = dataset.pairs.len();
+    dataset.pairs.retain(|pair| {
+        let reply = output.map_or_else(|| tokens(pair.reply_bytes, bytes_per_token), Length::longest);
+        let wanted = f64::from(tokens(pair.prompt.len(), bytes_per_token)) + f64::from(reply);
+        wanted <= f64::from(context) * CONTEXT_SHARE
+    });
+    dataset.skipped.too_long += (before - dataset.pairs.len()) as u64;
+}
+
+/// Bytes of a token of these texts: the mesh counts one sample of them, which needs no tokenizer here.
+async fn calibrate(client: &mut Client, pairs: &[Pair], context: u32) -> Result<f64, CliError> {
+    // A token has at least one byte, so this many bytes fit for certain.
+    let bytes_max = (context as usize / 2).clamp(1, CALIBRATION_BYTES_MAX);
+    let text = sample(pairs, bytes_max);
+    let bytes = text.len();
+    let request = GenerateRequest { prompt: Some(Prompt::Text(text)), max_new_tokens: Some(1), ..Default::default() };
+    let mut stream = client.mesh().generate(request).await.map_err(failed)?.into_inner();
+    let mut prompt_tokens = 0;
+    while let Some(message) = stream.message().await.map_err(failed)? {
+        if let Some(Event::Started(started)) = message.event {
+            prompt_tokens = started.prompt_tokens;
+        }
+    }
+    Ok(bytes as f64 / f64::from(prompt_tokens.max(1)))
+}
+
+/// The beginnings of texts, up to `bytes_max` in all.
+fn sample(pairs: &[Pair], bytes_max: usize) -> String {
+    let mut text = String::new();
+    for pair in pairs {
+        let room = bytes_max - text.len();
+        if pair.prompt.len() >= room {
+            let end = (0..=room).rev().find(|&end| pair.prompt.is_char_boundary(end)).unwrap_or(0);
+            text.push_str(&pair.prompt[..end]);
+            break;
+        }
+        text.push_str(&pair.prompt);
+    }
+    // A single character that is longer than the room: any text counts.
+    if text.is_empty() { "a".to_owned() } else { text }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn workload(input: &str, output: &str) -> Workload {
+        Workload {
+            source: Source::Ids { input: input.parse().unwrap() },
+            output: Some(output.parse().unwrap()),
+            context: 100,
+            vocab: 50,
+            seed: 1,
+            ignore_eos: true,
+        }
+    }
+
+    fn ids(ask: &Ask) -> &[u32] {
+        match ask.request.prompt.as_ref().unwrap() {
+            Prompt::TokenIds(ids) => &ids.ids,
+            Prompt::Text(text) => panic!("{text}"),
+        }
+    }
+
+    fn pairs(texts: &[(&str, usize)]) -> Vec<Pair> {
+        texts.iter().map(|&(prompt, reply_bytes)| Pair { prompt: prompt.to_owned(), reply_bytes }).collect()
+    }
+
+    #[test]
+    fn a_request_is_the_seeds_the_points_and_the_indexs_alone() {
+        let load = workload("uniform:1:40", "uniform:1:20");
+        let (a, again, next, other_point) = (load.ask(0, 5), load.ask(0, 5), load.ask(0, 6), load.ask(1, 5));
+        assert_eq!(a.request, again.request);
+        assert_ne!(a.request, next.request);
+        assert_eq!((ids(&a).len(), a.output), (ids(&other_point).len(), other_point.output), "points compare");
+        assert_ne!(ids(&a), ids(&other_point), "no point meets a prompt again");
+    }
+
+    #[test]
+    fn random_prompts_are_of_the_vocabulary_and_fit_the_context() {
+        let load = workload("normal:60:40", "normal:30:40");
+        for index in 0..500 {
+            let ask = load.ask(0, index);
+            assert!(ids(&ask).iter().all(|&id| id < 50));
+            assert!(ids(&ask).len() + ask.output as usize <= 100 && ask.output >= 1);
+            assert!(ask.request.ignore_eos && ask.request.max_new_tokens == Some(ask.output));
+        }
+    }
+
+    #[test]
+    fn texts_repeat_in_order_and_ask_for_answers_as_long_as_their_own() {
+        let load = Workload {
+            source: Source::Texts { pairs: pairs(&[("one", 40), ("two", 80)]), bytes_per_token: 4.0 },
+            output: None,
+            ..workload("1", "1")
+        };
+        let asked: Vec<_> = (0..3).map(|i| load.ask(0, i)).collect();
+        assert_eq!(asked.iter().map(|a| a.output).collect::<Vec<_>>(), [10, 20, 10]);
+        assert_eq!(asked[1].request.prompt, Some(Prompt::Text("two".to_owned())));
+    }
+
+    #[test]
+    fn conversations_that_do_not_fit_are_counted() {
+        let mut dataset = Dataset { pairs: pairs(&[("fits", 40), ("does not", 400)]), ..Dataset::default() };
+        keep_fitting(&mut dataset, 4.0, None, 100);
+        assert_eq!((dataset.pairs.len(), dataset.skipped.too_long), (1, 1));
+        keep_fitting(&mut dataset, 4.0, Some(Length::Fixed(90)), 100);
+        assert_eq!((dataset.pairs.len(), dataset.skipped.too_long), (0, 2));
+    }
+
+    #[test]
+    fn a_sample_of_texts_is_cut_between_characters() {
+        assert_eq!(sample(&pairs(&[("ab", 1), ("cdé", 1), ("x", 1)]), 5), "abcd");
+        assert_eq!(sample(&pairs(&[("ab", 1)]), 100), "ab");
+        assert_eq!(sample(&pairs(&[("é", 1)]), 1), "a");
+    }
+}
