@@ -9,7 +9,7 @@
 //! - [`signals`]: SIGINT, SIGTERM and SIGHUP as something to wait for
 //! - [`client`]: the gRPC connection and its errors in words
 //! - [`up`], [`generate`], [`status`], [`doctor`], [`demo`]: the commands
-//! - [`bench`]: the load tester for a running mesh
+//! - [`mod@bench`]: the load tester for a running mesh
 //! - [`probe`]: native libraries opened at run time, for `doctor`
 //! - [`volume`]: the all-to-all arithmetic that `demo` prints beside what it measured
 

@@ -5,7 +5,7 @@
 //! - [`random`], [`lengths`], [`arrivals`], [`dataset`], [`workload`]: what is asked and when, from the seed alone
 //! - [`drive`]: sends it, in a closed or an open loop
 //! - [`record`]: what is kept of each request
-//! - [`stats`]: percentiles
+//! - [`stats`]: percentiles, exact or by histogram
 //! - [`counters`], [`host`]: the mesh's own counters, the machine, processor time
 //! - [`report`]: the results and their JSON; [`table`], [`chart`], [`svg`]: their other forms
 //! - [`error`]: why it cannot start
