@@ -243,7 +243,7 @@ mod tests {
     #[tokio::test]
     async fn the_ready_line_is_found_among_others() {
         let mut child =
-            shell("echo loading; echo '{\"ready\":\"router\",\"grpc\":\"127.0.0.1:1\"}'; read x; sleep 600");
+            shell("echo loading; echo '{\"ready\":\"router\",\"grpc\":\"127.0.0.1:1\"}'; read x; exec sleep 600");
         let ready = soon(child.ready()).await.unwrap();
         assert_eq!((ready.ready.as_str(), ready.grpc.as_str()), ("router", "127.0.0.1:1"));
         assert_eq!(child.ended(), None);
@@ -272,7 +272,7 @@ mod tests {
 
     #[tokio::test]
     async fn a_dropped_child_is_killed() {
-        let child = shell("sleep 600");
+        let child = shell("exec sleep 600");
         let (pid, mut ended) = (child.pid(), child.ended.clone());
         drop(child);
         soon(ended.wait_for(Option::is_some)).await.unwrap();
