@@ -23,7 +23,7 @@ pub fn draw(report: &Report) -> String {
         if let Some(bound) = bound {
             series.push(guide("SLO", points.iter().map(|p| (p.load(), bound)).collect()));
         }
-        panel(title, x_label, series)
+        panel(title, x_label, true, series)
     };
     let panels = [
         latency("Time to first token, ms", |p| p.latency_ms.ttft, slo.ttft_ms),
@@ -56,8 +56,8 @@ fn guide(name: &str, points: Vec<(f64, f64)>) -> Series {
     Series { name: name.to_owned(), points, colour: GUIDE, guide: true }
 }
 
-fn panel(title: &str, x_label: &str, series: Vec<Series>) -> Panel {
-    Panel { title: title.to_owned(), x_label: x_label.to_owned(), series }
+fn panel(title: &str, x_label: &str, may_log: bool, series: Vec<Series>) -> Panel {
+    Panel { title: title.to_owned(), x_label: x_label.to_owned(), may_log, series }
 }
 
 /// Where the line leaves the diagonal, the mesh is full.
@@ -68,10 +68,10 @@ fn achieved(points: &[&PointReport], x_label: &str) -> Panel {
     if points.iter().any(|p| p.goodput.is_some()) {
         series.push(line("within the SLO", along(|p| p.goodput.map(|g| g.requests_per_s)), GOOD));
     }
-    panel("Requests/s", x_label, series)
+    panel("Requests/s", x_label, false, series)
 }
 
 fn throughput(points: &[&PointReport], x_label: &str) -> Panel {
     let tokens = points.iter().map(|p| (p.load(), p.output_tokens_per_s)).collect();
-    panel("Output tokens/s", x_label, vec![line("output tokens/s", tokens, P50)])
+    panel("Output tokens/s", x_label, false, vec![line("output tokens/s", tokens, P50)])
 }

@@ -232,6 +232,25 @@ impl Point {
 }
 
 fn failed(status: &tonic::Status) -> (Failure, String) {
+    // What the mesh says has details; without them it is gRPC's own word, and these two mean a lost front door.
+    let lost = matches!(status.code(), tonic::Code::Unavailable | tonic::Code::Unknown);
+    if lost && MeshError::detail(status).is_none() {
+        return (Failure::Connection, status.message().to_owned());
+    }
     let error = MeshError::from_status(status);
     (Failure::Mesh(error.code), error.to_string())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_lost_front_door_is_told_from_a_lost_node() {
+        let of = |status: tonic::Status| failed(&status).0;
+        assert_eq!(of(MeshError::new(Code::NodeLost, "expert-1").into()), Failure::Mesh(Code::NodeLost));
+        assert_eq!(of(tonic::Status::unavailable("tcp connect error")), Failure::Connection);
+        assert_eq!(of(tonic::Status::unknown("transport error")), Failure::Connection);
+        assert_eq!(of(tonic::Status::cancelled("Timeout expired")), Failure::Mesh(Code::Deadline));
+    }
 }

@@ -45,7 +45,7 @@ use counters::Counters;
 use drive::{EndedBy, Point, Pool};
 pub use error::BenchError;
 use host::{Machine, MeshProcesses};
-use record::Recorder;
+use record::{Failure, Recorder};
 use report::{Cpu, PointReport, Report};
 use workload::Workload;
 
@@ -215,7 +215,7 @@ fn expected(load: Load, bounds: &Bounds) -> u64 {
 /// A bar on stderr where stderr is a terminal, nothing otherwise.
 fn bar(what: &str, requests: u64) -> ProgressBar {
     let bar = ProgressBar::new(requests);
-    if let Ok(style) = ProgressStyle::with_template("{msg} [{bar:30}] {pos}/{len} {per_sec} {elapsed}") {
+    if let Ok(style) = ProgressStyle::with_template("{msg} [{bar:30}] {pos}/{len} {elapsed}, {eta} left") {
         bar.set_style(style.progress_chars("=> "));
     }
     bar.set_message(what.to_owned());
@@ -254,8 +254,12 @@ fn exit(report: &Report) -> Exit {
     if completed > 0 {
         return Exit::Ok;
     }
-    let code = |name: &str| mesh_proto::v1::ErrorCode::from_str_name(&format!("ERROR_CODE_{name}"));
     let errors = report.points.iter().flat_map(|p| &p.errors).max_by_key(|(_, errors)| errors.count);
-    let known = errors.and_then(|(name, _)| code(name)).and_then(|code| mesh_proto::Code::from_wire(code as i32));
+    let Some((name, _)) = errors else { return Exit::Internal };
+    if *name == Failure::Connection.code() {
+        return Exit::Unavailable;
+    }
+    let code = mesh_proto::v1::ErrorCode::from_str_name(&format!("ERROR_CODE_{name}"));
+    let known = code.and_then(|code| mesh_proto::Code::from_wire(code as i32));
     known.map_or(Exit::Internal, Exit::of_code)
 }

@@ -13,8 +13,10 @@ use super::stats::Histogram;
 /// Why a request gave no complete answer.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Failure {
-    /// The mesh's own error, or the connection's.
+    /// The mesh's own error.
     Mesh(Code),
+    /// The connection to the front door broke or could not be made.
+    Connection,
     /// The stream ended without a Finished message.
     StreamCut,
     /// Another number of tokens came than was asked for, or than the mesh says it made.
@@ -28,6 +30,7 @@ impl Failure {
     pub fn code(self) -> &'static str {
         match self {
             Failure::Mesh(code) => code.name(),
+            Failure::Connection => "CONNECTION",
             Failure::StreamCut => "STREAM_CUT",
             Failure::WrongLength => "WRONG_LENGTH",
             Failure::Unfinished => "UNFINISHED",

@@ -22,6 +22,8 @@ pub struct Panel {
     pub title: String,
     /// Below its x axis.
     pub x_label: String,
+    /// A wide span of values makes its y axis logarithmic.
+    pub may_log: bool,
     /// Its lines.
     pub series: Vec<Series>,
 }
@@ -144,7 +146,7 @@ fn finite(series: &Series) -> impl Iterator<Item = (f64, f64)> {
 fn draw(svg: &mut String, panel: &Panel) {
     let (xs, ys): (Vec<f64>, Vec<f64>) = panel.series.iter().flat_map(finite).unzip();
     line!(svg, r#"<text x="{LEFT}" y="18" font-size="14" font-weight="bold">{}</text>"#, escaped(&panel.title));
-    let (x_axis, y_axis) = (Axis::over(&xs, true), Axis::over(&ys, true));
+    let (x_axis, y_axis) = (Axis::over(&xs, true), Axis::over(&ys, panel.may_log));
     let (right, bottom) = (PANEL_W - RIGHT, PANEL_H - BOTTOM);
     let px = |x: f64| LEFT + x_axis.at(x) * (right - LEFT);
     let py = |y: f64| bottom - y_axis.at(y) * (bottom - TOP);
@@ -211,6 +213,7 @@ mod tests {
         assert_eq!((axis.at(0.0), axis.at(25.0), axis.at(50.0)), (0.0, 0.5, 1.0));
         assert_eq!(Axis::over(&[], true).hi, 1.0);
         assert_eq!(Axis::over(&[0.0], true).hi, 1.0);
+        assert!(!Axis::over(&[1.0, 1000.0], false).log);
         assert_eq!(Axis::over(&[50.0], true).hi, 50.0, "a round number needs no further step");
     }
 
@@ -230,7 +233,7 @@ mod tests {
 
     fn panel(points: Vec<(f64, f64)>) -> Panel {
         let series = Series { name: "p50 <a&b>".to_owned(), points, colour: "#06c", guide: false };
-        Panel { title: "TTFT".to_owned(), x_label: "requests/s".to_owned(), series: vec![series] }
+        Panel { title: "TTFT".to_owned(), x_label: "requests/s".to_owned(), may_log: true, series: vec![series] }
     }
 
     #[test]

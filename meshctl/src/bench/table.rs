@@ -37,6 +37,7 @@ pub fn to_text(report: &Report) -> String {
 fn title(point: &PointReport) -> String {
     match (point.rate, point.concurrency) {
         (Some(rate), _) => format!("open loop, {rate} requests/s offered"),
+        (None, Some(1)) => "closed loop, 1 stream".to_owned(),
         (None, streams) => format!("closed loop, {} streams", streams.unwrap_or(0)),
     }
 }
