@@ -238,7 +238,7 @@ fn failed(status: &tonic::Status) -> (Failure, String) {
         return (Failure::Connection, status.message().to_owned());
     }
     let error = MeshError::from_status(status);
-    (Failure::Mesh(error.code), error.to_string())
+    (Failure::Mesh(error.code), error.message)
 }
 
 #[cfg(test)]

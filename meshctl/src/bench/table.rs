@@ -115,7 +115,7 @@ fn mesh(text: &mut String, point: &PointReport) {
 fn cpu(text: &mut String, point: &PointReport) {
     let own = point.cpu.own_s.map_or_else(|| "unknown".to_owned(), |s| format!("{s:.2} s"));
     if point.cpu.mesh_s.is_empty() {
-        line!(text, "  processor    load tester {own}; no process of the mesh is on this machine");
+        line!(text, "  processor    load tester {own}; no process of the mesh lives on this machine");
         return;
     }
     let each: Vec<String> = point.cpu.mesh_s.iter().map(|(name, s)| format!("{name} {s:.2} s")).collect();
