@@ -305,20 +305,27 @@ impl Mesh {
     /// Leaves the view before in force, and tries again after a pause that grows with each failure in a row.
     fn abandon(&mut self, why: &str, blamed: &[NodeId], now: Instant) {
         let Some(Change { view, .. }) = self.change.take() else { return };
+        if blamed.is_empty() {
+            // A node that goes is no failure of the view: the next one is without the node, at once.
+            tracing::info!(view = view.id.0, why, "view abandoned");
+        } else {
+            let doubled = self.policy.backoff_min.saturating_mul(1 << self.abandoned.min(16));
+            let backoff = doubled.min(self.policy.backoff_max);
+            self.abandoned = self.abandoned.saturating_add(1);
+            tracing::warn!(view = view.id.0, why, retry_in = ?backoff, "view abandoned");
+            self.review_within(backoff, now);
+            self.blame(blamed, why, now);
+        }
+        // After the dismissals, so that nothing is sent to who is gone.
         for member in view.attention.iter().chain(&view.experts) {
             if self.members.get(member.node).is_some() {
                 self.actions.push(Action::Send(member.node, Order::Abandon(view.id)));
             }
         }
-        if blamed.is_empty() {
-            // A node that goes is no failure of the view: the next one is without the node, at once.
-            tracing::info!(view = view.id.0, why, "view abandoned");
-            return;
-        }
-        let backoff = self.policy.backoff_min.saturating_mul(1 << self.abandoned.min(16)).min(self.policy.backoff_max);
-        self.abandoned = self.abandoned.saturating_add(1);
-        tracing::warn!(view = view.id.0, why, retry_in = ?backoff, "view abandoned");
-        self.review_within(backoff, now);
+    }
+
+    /// Counts a failed view against nodes, and dismisses those that never served and keep failing.
+    fn blame(&mut self, blamed: &[NodeId], why: &str, now: Instant) {
         for id in blamed {
             let serves =
                 self.view.as_ref().is_some_and(|v| v.attention.iter().chain(&v.experts).any(|m| m.node == *id));
