@@ -36,6 +36,8 @@ pub struct AttentionConfig {
     pub hub: Option<Arc<LocalHub>>,
     /// The compute dtype; the same on every node.
     pub dtype: Dtype,
+    /// Where packed weights are kept, so that a second start maps them; `None`: nowhere.
+    pub cache_dir: Option<PathBuf>,
     /// Compute threads; 0: one for each processor.
     pub threads: usize,
     /// The slot to have; `None`: the lowest free one.
@@ -89,6 +91,7 @@ impl AttentionConfig {
             transport: TransportChoice::Auto,
             hub: None,
             dtype: Dtype::Bf16,
+            cache_dir: None,
             threads: 0,
             slot: None,
             name: String::new(),

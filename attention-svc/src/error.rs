@@ -2,6 +2,7 @@
 
 use mesh_core::LayerId;
 use mesh_kernels::KernelError;
+use mesh_kernels::packed::PackedError;
 use mesh_model::ModelError;
 use mesh_service::ServiceError;
 use mesh_transport::TransportError;
@@ -25,6 +26,9 @@ pub enum AttentionError {
     /// The compute backend or the KV cache cannot be made.
     #[error(transparent)]
     Compute(#[from] KernelError),
+    /// Packed weights cannot be kept where they should be.
+    #[error("--cache-dir: {0}")]
+    Cache(#[from] PackedError),
     /// The data plane cannot be opened.
     #[error(transparent)]
     Transport(#[from] TransportError),
@@ -63,7 +67,7 @@ impl AttentionError {
     pub fn is_configuration(&self) -> bool {
         match self {
             AttentionError::Config { .. } | AttentionError::Model(_) | AttentionError::Compute(_) => true,
-            AttentionError::Runner(_) | AttentionError::Listen { .. } => true,
+            AttentionError::Cache(_) | AttentionError::Runner(_) | AttentionError::Listen { .. } => true,
             AttentionError::Transport(error) => {
                 matches!(error, TransportError::BadAddress { .. } | TransportError::Unavailable { .. })
             }

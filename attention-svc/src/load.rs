@@ -5,7 +5,8 @@ use std::sync::Arc;
 
 use indicatif::{ProgressBar, ProgressStyle};
 use mesh_kernels::kv::KvShape;
-use mesh_kernels::{Compute, Dtype, KV_PAGE_TOKENS};
+use mesh_kernels::packed::Packer;
+use mesh_kernels::{Dtype, KV_PAGE_TOKENS};
 use mesh_model::{Checkpoint, ModelConfig, ModelError};
 
 use crate::config::KvBudget;
@@ -16,7 +17,7 @@ use crate::runner::Trunk;
 ///
 /// # Errors
 /// [`ModelError`] as the checkpoint gives it.
-pub fn trunk(checkpoint: Arc<Checkpoint>, compute: &dyn Compute) -> Result<Trunk, ModelError> {
+pub fn trunk(checkpoint: Arc<Checkpoint>, packer: &Packer) -> Result<Trunk, ModelError> {
     let total = checkpoint.trunk_bytes();
     let bar = std::io::stderr().is_terminal().then(|| {
         let bar = ProgressBar::new(total);
@@ -26,7 +27,7 @@ pub fn trunk(checkpoint: Arc<Checkpoint>, compute: &dyn Compute) -> Result<Trunk
         bar
     });
     let mut done = 0u64;
-    let trunk = Trunk::load(checkpoint, compute, |bytes| {
+    let trunk = Trunk::load(checkpoint, packer, |bytes| {
         let quarters = |done: u64| done.saturating_mul(4) / total.max(1);
         let before = quarters(done);
         done += bytes;

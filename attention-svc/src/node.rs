@@ -5,6 +5,7 @@ use std::time::Duration;
 
 use mesh_core::{NodeId, Role, Slot};
 use mesh_kernels::cpu::{Cpu, CpuOptions};
+use mesh_kernels::packed::Packer;
 use mesh_kernels::{Compute, KV_PAGE_TOKENS};
 use mesh_model::{Checkpoint, ModelConfig, Tokenizer};
 use mesh_proto::limits::MESSAGE_BYTES_MAX;
@@ -186,7 +187,11 @@ fn open(config: &AttentionConfig) -> Result<Opened, AttentionError> {
     let compute: Arc<dyn Compute> = Arc::new(Cpu::new(CpuOptions { dtype: config.dtype, threads, isa: None })?);
     tracing::info!(model = %config.model_dir.display(), compute = %compute.name(), "checkpoint opened");
     let (info, digest) = (model_info(&checkpoint, config), checkpoint.digest());
-    let trunk = load::trunk(checkpoint, compute.as_ref())?;
+    let packer = match &config.cache_dir {
+        None => Packer::new(compute.clone()),
+        Some(dir) => Packer::with_cache(compute.clone(), dir, &checkpoint.content())?,
+    };
+    let trunk = load::trunk(checkpoint, &packer)?;
     Ok(Opened { trunk, compute, tokenizer, info, digest })
 }
 

@@ -2,6 +2,7 @@
 
 use mesh_core::{ExpertId, LayerId};
 use mesh_kernels::KernelError;
+use mesh_kernels::packed::PackedError;
 use mesh_model::ModelError;
 use mesh_service::ServiceError;
 use mesh_transport::TransportError;
@@ -21,6 +22,9 @@ pub enum ExpertError {
     /// The compute backend cannot be made.
     #[error(transparent)]
     Compute(#[from] KernelError),
+    /// Packed weights cannot be kept where they should be.
+    #[error("--cache-dir: {0}")]
+    Cache(#[from] PackedError),
     /// The data plane cannot be bound.
     #[error(transparent)]
     Transport(#[from] TransportError),
@@ -50,7 +54,9 @@ impl ExpertError {
     /// Whether another attempt with the same configuration would fail the same.
     pub fn is_configuration(&self) -> bool {
         match self {
-            ExpertError::Model(_) | ExpertError::NoExperts { .. } | ExpertError::Compute(_) => true,
+            ExpertError::Model(_) | ExpertError::NoExperts { .. } | ExpertError::Compute(_) | ExpertError::Cache(_) => {
+                true
+            }
             ExpertError::FrameTooSmall { .. } | ExpertError::NoHub => true,
             ExpertError::Transport(error) => matches!(
                 error,

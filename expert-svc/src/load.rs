@@ -7,6 +7,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use indicatif::{ProgressBar, ProgressStyle};
 use mesh_core::view::View;
 use mesh_core::{ExpertId, LayerId, Slot};
+use mesh_kernels::packed::Packer;
 use mesh_kernels::rows::MatrixView;
 use mesh_kernels::{Compute, Dtype, Ffn};
 use mesh_model::{Checkpoint, FfnTensors, ModelError, TensorView, WeightDtype};
@@ -17,21 +18,21 @@ use crate::table::{ExpertShape, ExpertTable};
 /// Loads experts. Cheap to share between threads.
 pub struct Loader {
     checkpoint: Checkpoint,
-    compute: Arc<dyn Compute>,
+    packer: Packer,
     shape: ExpertShape,
     capacity_bytes: u64,
 }
 
 impl Loader {
-    /// A loader of `checkpoint`'s experts into `compute`'s layout, at most `capacity_bytes` of them (0: no limit).
-    pub fn new(checkpoint: Checkpoint, compute: Arc<dyn Compute>, capacity_bytes: u64) -> Self {
+    /// A loader of `checkpoint`'s experts, packed by `packer`, at most `capacity_bytes` of them (0: no limit).
+    pub fn new(checkpoint: Checkpoint, packer: Packer, capacity_bytes: u64) -> Self {
         let config = checkpoint.config();
         let shape = ExpertShape {
             moe_layers: config.moe_layers(),
             experts: config.moe.experts,
-            row_bytes: config.hidden * compute.dtype().bytes(),
+            row_bytes: config.hidden * packer.compute().dtype().bytes(),
         };
-        Self { checkpoint, compute, shape, capacity_bytes }
+        Self { checkpoint, packer, shape, capacity_bytes }
     }
 
     /// What frames are measured by.
@@ -46,7 +47,7 @@ impl Loader {
 
     /// What the experts are packed for.
     pub fn compute(&self) -> &dyn Compute {
-        self.compute.as_ref()
+        self.packer.compute().as_ref()
     }
 
     /// The table of what `view` assigns to `slot`: experts out of `held`, and the rest out of the checkpoint. Blocks.
@@ -110,7 +111,8 @@ impl Loader {
 
     fn pack(&self, layer: LayerId, expert: ExpertId) -> Result<Ffn, ModelError> {
         let FfnTensors { gate, up, down } = self.checkpoint.expert(layer, expert)?;
-        let ffn = self.compute.pack_ffn(matrix(&gate), matrix(&up), matrix(&down));
+        let name = format!("layer-{}.expert-{}", layer.0, expert.0);
+        let ffn = self.packer.pack_ffn(&name, matrix(&gate), matrix(&up), matrix(&down));
         // Packed, the file's pages are of no more use: they need not crowd out what is.
         [gate, up, down].into_iter().for_each(|t| self.checkpoint.release(t));
         Ok(ffn)

@@ -34,6 +34,10 @@ struct Flags {
     /// The type that operands are held in; the same on every node.
     #[arg(long, env = "MESH_DTYPE", value_name = "f32|bf16", default_value = "bf16")]
     dtype: Dtype,
+    /// Keep packed weights in this directory, as many bytes as the node holds: the next start maps them and serves at
+    /// once. Nodes may share it.
+    #[arg(long, env = "MESH_CACHE_DIR", value_name = "DIR")]
+    cache_dir: Option<PathBuf>,
     /// Compute threads; 0: one for each processor.
     #[arg(long, env = "MESH_THREADS", value_name = "N", default_value_t = 0,
           value_parser = clap::builder::RangedU64ValueParser::<usize>::new().range(..=1024))]
@@ -72,6 +76,7 @@ impl Flags {
             listen: self.listen,
             transport: self.transport,
             dtype: self.dtype,
+            cache_dir: self.cache_dir,
             threads: self.threads,
             slot: self.slot.map(Slot),
             name: self.name,

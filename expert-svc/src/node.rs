@@ -5,6 +5,7 @@ use std::sync::Arc;
 use mesh_core::{NodeId, Role, Slot};
 use mesh_kernels::Compute;
 use mesh_kernels::cpu::{Cpu, CpuOptions};
+use mesh_kernels::packed::Packer;
 use mesh_model::{Checkpoint, ModelConfig};
 use mesh_proto::v1;
 use mesh_service::membership::{NodeSpec, Registration, register};
@@ -57,7 +58,11 @@ impl ExpertNode {
         let compute = Cpu::new(CpuOptions { dtype: config.dtype, threads, isa: None })?;
         let compute: Arc<dyn Compute> = Arc::new(compute);
         tracing::info!(model = %config.model_dir.display(), compute = %compute.name(), "checkpoint opened");
-        let loader = Arc::new(Loader::new(checkpoint, compute.clone(), config.capacity_bytes));
+        let packer = match &config.cache_dir {
+            None => Packer::new(compute.clone()),
+            Some(dir) => Packer::with_cache(compute.clone(), dir, &checkpoint.content())?,
+        };
+        let loader = Arc::new(Loader::new(checkpoint, packer, config.capacity_bytes));
         check_frame_size(&config, loader.shape().row_bytes)?;
 
         let bound = bind(&config)?;

@@ -10,6 +10,7 @@
 //! - [`kv`]: the paged KV cache
 //! - [`mod@reference`]: readable, slow, the oracle
 //! - [`cpu`]: SIMD chosen at run time, threads
+//! - [`packed`]: packed weights kept in files
 //! - `matrix`: packed weights; `memory`: aligned storage; `bf16`: the one rounding; `pointwise`: norms, rotation and
 //!   combine, which every backend shares; `checks`: the entry checks of every kernel; `error`: what start-up refuses
 
@@ -20,6 +21,7 @@ mod error;
 pub mod kv;
 mod matrix;
 mod memory;
+pub mod packed;
 mod pointwise;
 pub mod reference;
 pub mod rows;
@@ -100,6 +102,9 @@ pub trait Compute: Send + Sync {
     fn kind(&self) -> String;
     /// The compute dtype.
     fn dtype(&self) -> Dtype;
+    /// How packed weights lie, dtype included: equal names, equal bytes, whatever the instruction set. In letters, digits
+    /// and `-`.
+    fn layout(&self) -> String;
     /// Packs matrices of equal `k`, stacked along `n` in the order given (so q, k and v are one GEMM).
     fn pack(&self, parts: &[MatrixView<'_>]) -> Matrix;
     /// Packs an FFN: `gate` and `up` are `[intermediate, hidden]`, `down` is `[hidden, intermediate]`.

@@ -1,5 +1,9 @@
 //! Weights in a backend's own layout.
 
+use std::sync::Arc;
+
+use memmap2::Mmap;
+
 use crate::memory::AlignedBuf;
 use crate::rows::{MatrixView, narrow_into, widen};
 use crate::{Dtype, KernelError};
@@ -18,6 +22,58 @@ pub(crate) enum Layout {
     LanesInTurn,
 }
 
+impl Layout {
+    /// The layout in a file.
+    pub(crate) fn code(self) -> u8 {
+        match self {
+            Layout::RowMajor => 0,
+            Layout::Lanes => 1,
+            Layout::LanesInTurn => 2,
+        }
+    }
+
+    pub(crate) fn from_code(code: u8) -> Option<Layout> {
+        [Layout::RowMajor, Layout::Lanes, Layout::LanesInTurn].into_iter().find(|layout| layout.code() == code)
+    }
+}
+
+/// Where packed weights lie.
+#[derive(Debug)]
+pub(crate) enum Weights {
+    /// In memory of their own.
+    Owned(AlignedBuf),
+    /// In a mapped file, in these bytes of it.
+    Mapped { map: Arc<Mmap>, start: usize, len: usize },
+}
+
+impl Weights {
+    /// Bytes `start..start + len` of a mapping, which has them.
+    pub(crate) fn mapped(map: Arc<Mmap>, start: usize, len: usize) -> Weights {
+        assert!(start <= map.len() && len <= map.len() - start, "weights outside of their file");
+        Weights::Mapped { map, start, len }
+    }
+
+    pub(crate) fn as_slice(&self) -> &[u8] {
+        match self {
+            Weights::Owned(buf) => buf.as_slice(),
+            Weights::Mapped { map, start, len } => &map[*start..start + len],
+        }
+    }
+
+    pub(crate) fn len(&self) -> usize {
+        match self {
+            Weights::Owned(buf) => buf.len(),
+            Weights::Mapped { len, .. } => *len,
+        }
+    }
+}
+
+impl From<AlignedBuf> for Weights {
+    fn from(buf: AlignedBuf) -> Weights {
+        Weights::Owned(buf)
+    }
+}
+
 /// A weight matrix `[n, k]` (outputs x inputs) in a backend's own layout.
 #[derive(Debug)]
 pub struct Matrix {
@@ -25,7 +81,7 @@ pub struct Matrix {
     pub(crate) k: usize,
     pub(crate) dtype: Dtype,
     pub(crate) layout: Layout,
-    pub(crate) data: AlignedBuf,
+    pub(crate) data: Weights,
 }
 
 impl Matrix {
@@ -67,7 +123,7 @@ impl Matrix {
             narrow_into(dtype, &widen(part.dtype, part.bytes), here);
             rest = after;
         }
-        Matrix { n, k, dtype, layout: Layout::RowMajor, data }
+        Matrix { n, k, dtype, layout: Layout::RowMajor, data: data.into() }
     }
 }
 
@@ -92,6 +148,15 @@ impl Ffn {
     /// Memory held.
     pub fn bytes(&self) -> usize {
         self.gate_up.bytes() + self.down.bytes()
+    }
+}
+
+/// Bytes of a matrix in a layout.
+pub(crate) fn packed_bytes(layout: Layout, dtype: Dtype, n: usize, k: usize) -> usize {
+    match layout {
+        Layout::RowMajor => n * k * dtype.bytes(),
+        Layout::Lanes => n.div_ceil(LANES) * block_bytes(dtype, k),
+        Layout::LanesInTurn => 2 * (n / 2).div_ceil(LANES) * block_bytes(dtype, k),
     }
 }
 

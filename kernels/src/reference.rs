@@ -44,6 +44,10 @@ impl Compute for Reference {
         self.dtype
     }
 
+    fn layout(&self) -> String {
+        format!("rows-{}", self.dtype)
+    }
+
     fn pack(&self, parts: &[MatrixView<'_>]) -> Matrix {
         Matrix::row_major(self.dtype, parts)
     }

@@ -32,25 +32,28 @@ pub struct LocalMeshConfig {
 }
 
 impl LocalMeshConfig {
-    /// A mesh over the local transport, with the processors shared out among the larger group of nodes.
+    /// A mesh over the local transport. Attention and expert nodes take turns, so each group has all processors to share
+    /// out among its own.
     pub fn new(model_dir: impl Into<PathBuf>, attention: u16, experts: u16) -> Self {
         let model_dir = model_dir.into();
         let router =
             RouterConfig { attention_min: attention.into(), experts_min: experts.into(), ..RouterConfig::default() };
         let processors = std::thread::available_parallelism().map_or(1, usize::from);
-        let threads = (processors / usize::from(attention.max(experts).max(1))).max(1);
+        let share = |nodes: u16| (processors / usize::from(nodes.max(1))).max(1);
         Self {
             attention,
             experts,
             grpc: (Ipv4Addr::LOCALHOST, 0).into(),
             router,
-            attention_node: AttentionConfig::new(model_dir.clone(), String::new()),
-            expert_node: ExpertConfig::new(model_dir, String::new()),
+            attention_node: AttentionConfig {
+                threads: share(attention),
+                ..AttentionConfig::new(model_dir.clone(), String::new())
+            },
+            expert_node: ExpertConfig { threads: share(experts), ..ExpertConfig::new(model_dir, String::new()) },
             start_max: Duration::from_secs(600),
             stop_max: Duration::from_secs(40),
         }
         .transport(TransportChoice::Local)
-        .threads(threads)
     }
 
     /// The transport of all nodes.

@@ -41,9 +41,13 @@ struct Flags {
     /// Where the router listens for clients; port 0 takes a free one.
     #[arg(long, env = "MESH_GRPC", value_name = "ADDR", default_value = "127.0.0.1:7700")]
     grpc: SocketAddr,
-    /// Compute threads of each node; by default the processors are shared out among the larger group of nodes.
+    /// Compute threads of each node; by default each group of nodes shares out all processors among its own.
     #[arg(long, env = "MESH_THREADS", value_name = "N", value_parser = clap::value_parser!(u16).range(1..=1024))]
     threads: Option<u16>,
+    /// Keep packed weights in this directory, as many bytes as the mesh holds: the next start maps them and serves at
+    /// once.
+    #[arg(long, env = "MESH_CACHE_DIR", value_name = "DIR")]
+    cache_dir: Option<PathBuf>,
     /// Pages of KV cache on each attention node.
     #[arg(long, env = "MESH_KV_PAGES", value_name = "N")]
     kv_pages: Option<u32>,
@@ -64,6 +68,8 @@ impl Flags {
         if let Some(threads) = self.threads {
             config = config.threads(threads.into());
         }
+        config.attention_node.cache_dir.clone_from(&self.cache_dir);
+        config.expert_node.cache_dir = self.cache_dir;
         if let Some(pages) = self.kv_pages {
             config.attention_node.kv = KvBudget::Pages(pages);
         }

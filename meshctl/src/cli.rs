@@ -88,9 +88,13 @@ pub struct UpArgs {
     /// Where the router listens for clients; port 0 takes a free one.
     #[arg(long, value_name = "ADDR", default_value = GRPC_ADDR_DEFAULT)]
     pub grpc: std::net::SocketAddr,
-    /// Compute threads of each node; by default the processors are shared out among the larger group of nodes.
+    /// Compute threads of each node; by default each group of nodes shares out all processors among its own.
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=1024))]
     pub threads: Option<u16>,
+    /// Keep packed weights in this directory, as many bytes as the mesh holds: the next start maps them and serves at
+    /// once.
+    #[arg(long, env = "MESH_CACHE_DIR", value_name = "DIR")]
+    pub cache_dir: Option<PathBuf>,
     /// Pages of KV cache on each attention node; the service's own default when absent.
     #[arg(long, value_name = "N")]
     pub kv_pages: Option<u32>,

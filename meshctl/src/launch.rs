@@ -129,10 +129,12 @@ pub fn own_folder() -> Result<PathBuf, CliError> {
     Ok(exe.parent().map(Path::to_owned).unwrap_or_default())
 }
 
-/// Compute threads of each node: attention and expert nodes take turns, so the larger group shares the processors.
-pub fn threads(args: &UpArgs) -> usize {
+/// Compute threads of each node of a group: attention and expert nodes take turns, so each group has all processors to
+/// share out among its own.
+fn threads(args: &UpArgs, group: Group) -> usize {
     let processors = std::thread::available_parallelism().map_or(1, usize::from);
-    args.threads.map_or_else(|| (processors / usize::from(args.attention.max(args.experts))).max(1), usize::from)
+    let nodes = if group == Group::Attention { args.attention } else { args.experts };
+    args.threads.map_or_else(|| (processors / usize::from(nodes)).max(1), usize::from)
 }
 
 /// Checks what can be checked before anything is started.
@@ -161,12 +163,13 @@ fn node_args(args: &UpArgs, router: &str, group: Group, slot: u16) -> Vec<String
         ("--router", format!("http://{router}")),
         ("--listen", "127.0.0.1:0".to_owned()),
         ("--transport", transport),
-        ("--threads", threads(args).to_string()),
+        ("--threads", threads(args, group).to_string()),
         ("--slot", slot.to_string()),
         ("--name", format!("{}-{slot}", group.name())),
         ("--log", args.log.clone()),
     ];
     pairs.extend(args.dtype.map(|dtype| ("--dtype", spelled(dtype))));
+    pairs.extend(args.cache_dir.iter().map(|dir| ("--cache-dir", dir.display().to_string())));
     if group == Group::Attention {
         pairs.extend(args.kv_pages.map(|pages| ("--kv-pages", pages.to_string())));
         pairs.extend(args.prefill_chunk.map(|tokens| ("--prefill-chunk", tokens.to_string())));
@@ -382,8 +385,13 @@ mod tests {
 
     #[test]
     fn threads_are_shared_out_and_never_none() {
-        assert_eq!(threads(&up(&["--threads", "5"])), 5);
-        assert_eq!(threads(&UpArgs { experts: u16::MAX, ..up(&[]) }), 1);
+        for group in [Group::Attention, Group::Expert] {
+            assert_eq!(threads(&up(&["--threads", "5"]), group), 5);
+        }
+        let processors = std::thread::available_parallelism().map_or(1, usize::from);
+        let one_and_many = UpArgs { attention: 1, experts: u16::MAX, ..up(&[]) };
+        assert_eq!(threads(&one_and_many, Group::Attention), processors);
+        assert_eq!(threads(&one_and_many, Group::Expert), 1);
     }
 
     #[test]

@@ -77,11 +77,12 @@ fn local_args(args: &UpArgs) -> Vec<String> {
         ("--replicas", args.replicas.to_string()),
         ("--transport", spelled(args.transport)),
         ("--grpc", args.grpc.to_string()),
-        ("--threads", launch::threads(args).to_string()),
         ("--start-timeout", args.start_timeout.as_secs().max(1).to_string()),
         ("--log", args.log.clone()),
     ];
     pairs.extend(args.dtype.map(|dtype| ("--dtype", spelled(dtype))));
+    pairs.extend(args.threads.map(|threads| ("--threads", threads.to_string())));
+    pairs.extend(args.cache_dir.iter().map(|dir| ("--cache-dir", dir.display().to_string())));
     pairs.extend(args.kv_pages.map(|pages| ("--kv-pages", pages.to_string())));
     pairs.extend(args.prefill_chunk.map(|tokens| ("--prefill-chunk", tokens.to_string())));
     pairs.into_iter().flat_map(|(flag, value)| [flag.to_owned(), value]).collect()

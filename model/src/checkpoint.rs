@@ -155,6 +155,13 @@ impl Checkpoint {
         *self.digest.get_or_init(|| digest::digest(&self.config, &self.tensors, &self.files))
     }
 
+    /// A name for what the files hold, for caches of what was made of it: [`Checkpoint::digest`] and the time at which
+    /// each file was last written, so that an edit which the digest may not see has another name too. 32 hexadecimal
+    /// digits.
+    pub fn content(&self) -> String {
+        digest::content(&self.digest(), &self.files)
+    }
+
     /// A tensor by its name in the file.
     ///
     /// # Errors

@@ -1,6 +1,7 @@
 //! A checkpoint's fingerprint; what it covers is documented at [`crate::Checkpoint::digest`].
 
 use std::collections::HashMap;
+use std::time::UNIX_EPOCH;
 
 use sha2::{Digest, Sha256};
 
@@ -32,6 +33,18 @@ pub(crate) fn digest(config: &ModelConfig, tensors: &HashMap<String, Stored>, fi
         sample(bytes, |block| sha.update(block));
     }
     sha.finalize().into()
+}
+
+/// What [`crate::Checkpoint::content`] gives.
+pub(crate) fn content(digest: &[u8; 32], files: &[Mapping]) -> String {
+    let mut sha = Sha256::new();
+    text(&mut sha, "expert-mesh content 1");
+    sha.update(digest);
+    for file in files {
+        let written = file.modified().and_then(|at| at.duration_since(UNIX_EPOCH).ok());
+        sha.update(written.map_or(0, |since| since.as_nanos()).to_le_bytes());
+    }
+    sha.finalize()[..16].iter().map(|byte| format!("{byte:02x}")).collect()
 }
 
 /// Length first, so that no two sequences of texts run together to the same bytes.

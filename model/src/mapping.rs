@@ -4,6 +4,7 @@
 
 use std::fs::File;
 use std::path::{Path, PathBuf};
+use std::time::SystemTime;
 
 use memmap2::{Mmap, UncheckedAdvice};
 
@@ -18,6 +19,7 @@ use crate::error::ModelError;
 pub(crate) struct Mapping {
     file: PathBuf,
     map: Mmap,
+    modified: Option<SystemTime>,
 }
 
 impl Mapping {
@@ -36,7 +38,7 @@ impl Mapping {
         // SAFETY: the mapping is read-only and private to this struct. That nobody truncates or rewrites the file while
         // it is mapped is the documented condition under which a checkpoint is served; within this process nobody does.
         let map = unsafe { Mmap::map(&file) }.map_err(io)?;
-        Ok(Self { file: path.to_path_buf(), map })
+        Ok(Self { file: path.to_path_buf(), map, modified: metadata.modified().ok() })
     }
 
     pub(crate) fn file(&self) -> &Path {
@@ -45,6 +47,11 @@ impl Mapping {
 
     pub(crate) fn bytes(&self) -> &[u8] {
         &self.map
+    }
+
+    /// When the file was last written, where the system tells.
+    pub(crate) fn modified(&self) -> Option<SystemTime> {
+        self.modified
     }
 
     /// Asks the system to read a range ahead. A hint: its failure changes nothing.

@@ -8,6 +8,7 @@ use mesh_core::placement::Placement;
 use mesh_core::view::Member;
 use mesh_core::{ExpertId, NodeId, Role};
 use mesh_kernels::cpu::{Cpu, CpuOptions};
+use mesh_kernels::packed::Packer;
 use mesh_kernels::{Dtype, Ffn, FfnGroup, KV_PAGE_TOKENS};
 use mesh_model::Checkpoint;
 use mesh_transport::buffer::{FrameBuf, Window};
@@ -157,7 +158,7 @@ fn rig(dir: PathBuf, dtype: Dtype, experts: u16, body_bytes_max: usize) -> Rig {
         fault: fault.clone(),
         channels: 0,
     };
-    let trunk = Trunk::load(checkpoint, compute.as_ref(), |_| ()).unwrap();
+    let trunk = Trunk::load(checkpoint, &Packer::new(compute.clone()), |_| ()).unwrap();
     let options = RunnerOptions {
         slot: Slot(0),
         kv_pages: 64,

@@ -3,8 +3,9 @@
 use std::sync::Arc;
 
 use mesh_core::LayerId;
+use mesh_kernels::packed::Packer;
 use mesh_kernels::rows::MatrixView;
-use mesh_kernels::{Compute, Dtype, Ffn, Matrix, Rope};
+use mesh_kernels::{Dtype, Ffn, Matrix, Rope};
 use mesh_model::{Checkpoint, FfnTensors, LayerKind, ModelConfig, ModelError, TensorView, WeightDtype};
 
 /// What follows attention in a layer.
@@ -46,16 +47,16 @@ impl Trunk {
     /// [`ModelError`] as the checkpoint's accessors give it.
     pub fn load(
         checkpoint: Arc<Checkpoint>,
-        compute: &dyn Compute,
+        packer: &Packer,
         mut progress: impl FnMut(u64),
     ) -> Result<Self, ModelError> {
         let config = checkpoint.config();
         let mut layers = Vec::with_capacity(config.layers.len());
         for (i, kind) in config.layers.iter().enumerate() {
-            layers.push(load_layer(&checkpoint, compute, LayerId(i as u16), *kind, &mut progress)?);
+            layers.push(load_layer(&checkpoint, packer, LayerId(i as u16), *kind, &mut progress)?);
         }
         let final_norm = vector(checkpoint.final_norm()?);
-        let head = pack(&checkpoint, compute, &[checkpoint.head()?], &mut progress);
+        let head = pack(&checkpoint, packer, "head", &[checkpoint.head()?], &mut progress);
         let rope = Rope { inv_freq: config.rope.inv_freq(config.head_dim), scale: config.rope.attention_factor() };
         Ok(Self { layers, final_norm, head, rope, checkpoint })
     }
@@ -91,7 +92,7 @@ impl Trunk {
 
 fn load_layer(
     checkpoint: &Checkpoint,
-    compute: &dyn Compute,
+    packer: &Packer,
     layer: LayerId,
     kind: LayerKind,
     progress: &mut impl FnMut(u64),
@@ -99,25 +100,27 @@ fn load_layer(
     let attention = checkpoint.attention(layer)?;
     let biases = [attention.q_bias, attention.k_bias, attention.v_bias];
     let qkv_bias = biases.iter().all(Option::is_some).then(|| biases.into_iter().flatten().flat_map(vector).collect());
+    // Names of packed weights: changing one only makes a cache pack it again.
+    let name = |part: &str| format!("layer-{}.{part}", layer.0);
     let mlp = match kind {
         LayerKind::Dense => {
             let FfnTensors { gate, up, down } = checkpoint.dense(layer)?;
-            let ffn = compute.pack_ffn(matrix(gate), matrix(up), matrix(down));
+            let ffn = packer.pack_ffn(&name("dense"), matrix(gate), matrix(up), matrix(down));
             for tensor in [gate, up, down] {
                 progress(tensor.bytes.len() as u64);
                 checkpoint.release(tensor);
             }
             Mlp::Dense(ffn)
         }
-        LayerKind::Moe => Mlp::Moe(pack(checkpoint, compute, &[checkpoint.gate(layer)?], progress)),
+        LayerKind::Moe => Mlp::Moe(pack(checkpoint, packer, &name("gate"), &[checkpoint.gate(layer)?], progress)),
     };
     Ok(TrunkLayer {
         input_norm: vector(attention.input_norm),
-        qkv: pack(checkpoint, compute, &[attention.q, attention.k, attention.v], progress),
+        qkv: pack(checkpoint, packer, &name("qkv"), &[attention.q, attention.k, attention.v], progress),
         qkv_bias,
         q_norm: attention.q_norm.map(vector),
         k_norm: attention.k_norm.map(vector),
-        out: pack(checkpoint, compute, &[attention.o], progress),
+        out: pack(checkpoint, packer, &name("out"), &[attention.o], progress),
         out_bias: attention.o_bias.map(vector),
         post_norm: vector(checkpoint.post_norm(layer)?),
         mlp,
@@ -130,12 +133,13 @@ fn vector(tensor: TensorView<'_>) -> Vec<f32> {
 
 fn pack(
     checkpoint: &Checkpoint,
-    compute: &dyn Compute,
+    packer: &Packer,
+    name: &str,
     tensors: &[TensorView<'_>],
     progress: &mut impl FnMut(u64),
 ) -> Matrix {
     let parts: Vec<MatrixView<'_>> = tensors.iter().map(|t| matrix(*t)).collect();
-    let packed = compute.pack(&parts);
+    let packed = packer.pack(name, &parts);
     for tensor in tensors {
         progress(tensor.bytes.len() as u64);
         checkpoint.release(*tensor);

@@ -5,6 +5,7 @@ mod rig;
 use mesh_core::placement::Placement;
 use mesh_core::view::View;
 use mesh_core::{ExpertId, LayerId, Seq, ViewId};
+use mesh_kernels::packed::Packer;
 use mesh_model::Checkpoint;
 use mesh_service::membership::ViewTarget;
 use mesh_transport::frame::{self, dispatch_body_bytes};
@@ -227,7 +228,8 @@ fn an_abandoned_view_leaves_the_one_in_force() {
         View { placement: Placement::balanced(vec![LayerId(0)], 8, &[SLOT], 1).unwrap(), ..(*view(3, 0..8)).clone() };
     let foreign = rig.prepare(Arc::new(foreign)).unwrap_err();
     assert!(foreign.contains("the model has 8 of 4"), "{foreign}");
-    let small = Loader::new(Checkpoint::open(fixture()).unwrap(), rig.engine.parts.compute.clone(), 1 << 20);
+    let small =
+        Loader::new(Checkpoint::open(fixture()).unwrap(), Packer::new(rig.engine.parts.compute.clone()), 1 << 20);
     let full = small.load(view(4, 0..8), SLOT, &[], &AtomicBool::new(false)).unwrap_err();
     assert!(full.to_string().contains("--capacity-bytes"), "{full}");
     let ended = rig.loader.load(view(4, 0..1), SLOT, &[], &AtomicBool::new(true)).unwrap_err();

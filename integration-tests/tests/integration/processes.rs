@@ -2,6 +2,7 @@
 
 use std::time::Duration;
 
+use integration_tests::generation::ids_request;
 use integration_tests::mesh::{binary, is_running, send_signal};
 use integration_tests::patience::{eventually, soon};
 use integration_tests::{Dtype, Mesh, Transport};
@@ -60,6 +61,47 @@ async fn a_mesh_in_one_process_has_the_same_ready_line_and_ends_as_well() {
     let pid = mesh.pid();
     assert_eq!(mesh.stop().await.code(), Some(0), "{}", mesh.log());
     assert!(!is_running(pid));
+}
+
+/// Starts a mesh on a cache of packed weights, and gives its tokens and every file of packed weights that it has mapped.
+async fn start_on_cache(cache: &std::path::Path) -> (Vec<u32>, Vec<String>) {
+    let cache_dir = cache.to_str().expect("a temporary directory's path is UTF-8");
+    let mut mesh = Mesh::builder().experts(2).transport(Transport::Tcp).flag("--cache-dir", cache_dir).start().await;
+    let ids = mesh.generate(ids_request(&[5, 6, 7], 16)).await.expect("tokens").ids();
+    let maps = mesh.pids().into_iter().map(|pid| std::fs::read_to_string(format!("/proc/{pid}/maps")));
+    let maps: Vec<String> = maps.map(|text| text.expect("a running process has maps")).collect();
+    let mapped = maps
+        .iter()
+        .flat_map(|text| text.lines())
+        .filter_map(|line| line.find(cache_dir).map(|at| line[at..].to_owned()));
+    let mapped: std::collections::BTreeSet<String> = mapped.collect();
+    assert_eq!(mesh.stop().await.code(), Some(0), "{}", mesh.log());
+    (ids, mapped.into_iter().collect())
+}
+
+#[tokio::test]
+async fn a_second_start_maps_the_packed_weights_of_the_first_and_makes_damaged_ones_anew() {
+    let plain = Mesh::builder().experts(2).transport(Transport::Tcp).start().await;
+    let expected = plain.generate(ids_request(&[5, 6, 7], 16)).await.expect("tokens").ids();
+    let cache = tempfile::tempdir().expect("a temporary directory");
+    let (first, files) = start_on_cache(cache.path()).await;
+    assert_eq!(first, expected);
+    assert!(files.iter().any(|f| f.contains("expert-")) && files.iter().any(|f| f.contains("qkv")), "{files:?}");
+    let written = |files: &[String]| -> Vec<_> {
+        files.iter().map(|f| std::fs::metadata(f).and_then(|m| m.modified()).expect("a file")).collect()
+    };
+    let before = written(&files);
+    assert_eq!(start_on_cache(cache.path()).await, (expected.clone(), files.clone()));
+    assert_eq!(written(&files), before, "nothing is packed a second time");
+
+    let damaged = files.iter().position(|f| f.contains("expert-")).expect("an expert's file");
+    let mut bytes = std::fs::read(&files[damaged]).expect("readable");
+    bytes[100] ^= 1;
+    std::fs::write(&files[damaged], bytes).expect("nobody has it mapped any more");
+    let spoilt = written(&files);
+    assert_eq!(start_on_cache(cache.path()).await, (expected, files.clone()));
+    let changed: Vec<usize> = (0..files.len()).filter(|i| written(&files)[*i] != spoilt[*i]).collect();
+    assert_eq!(changed, [damaged], "the damaged one alone is packed again");
 }
 
 #[tokio::test]

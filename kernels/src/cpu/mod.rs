@@ -153,6 +153,10 @@ impl Compute for Cpu {
         self.dtype
     }
 
+    fn layout(&self) -> String {
+        format!("lanes{}-{}", crate::matrix::LANES, self.dtype)
+    }
+
     fn pack(&self, parts: &[MatrixView<'_>]) -> Matrix {
         pack::pack(&self.pool, self.dtype, parts)
     }

@@ -14,7 +14,7 @@ pub(crate) fn pack(pool: &Pool, dtype: Dtype, parts: &[MatrixView<'_>]) -> Matri
     let (n, k) = stacked_shape(parts);
     let rows: Vec<Row<'_>> = parts.iter().flat_map(|part| (0..part.n).map(|i| Row::of(part, i))).collect();
     let data = pack_lanes(pool, dtype, n.div_ceil(LANES), k, |block| &rows[block * LANES..n.min((block + 1) * LANES)]);
-    Matrix { n, k, dtype, layout: Layout::Lanes, data }
+    Matrix { n, k, dtype, layout: Layout::Lanes, data: data.into() }
 }
 
 /// Packs an FFN, gate and up in turn.
@@ -33,7 +33,7 @@ pub(crate) fn pack_ffn(
         let first = block / 2 * LANES;
         &halves[block % 2][first..n.min(first + LANES)]
     });
-    let gate_up = Matrix { n: 2 * n, k, dtype, layout: Layout::LanesInTurn, data };
+    let gate_up = Matrix { n: 2 * n, k, dtype, layout: Layout::LanesInTurn, data: data.into() };
     Ffn { gate_up, down: pack(pool, dtype, &[down]) }
 }
 

@@ -6,6 +6,7 @@ use mesh_core::placement::Placement;
 use mesh_core::view::{Member, View};
 use mesh_core::{ExpertId, Lane, LayerId, NodeId, Seq, ViewId};
 use mesh_kernels::cpu::{Cpu, CpuOptions};
+use mesh_kernels::packed::Packer;
 use mesh_kernels::reference::Reference;
 use mesh_kernels::{Dtype, FfnGroup};
 use mesh_model::Checkpoint;
@@ -68,7 +69,7 @@ impl Rig {
         let transport = Box::new(bound).start(credentials(Role::Expert, SLOT)).unwrap();
         let compute: Arc<dyn Compute> =
             Arc::new(Cpu::new(CpuOptions { dtype: Dtype::F32, threads: 1, isa: None }).unwrap());
-        let loader = Arc::new(Loader::new(Checkpoint::open(fixture()).unwrap(), compute.clone(), 0));
+        let loader = Arc::new(Loader::new(Checkpoint::open(fixture()).unwrap(), Packer::new(compute.clone()), 0));
         let (tables, counters) = (Arc::new(Tables::default()), Arc::new(Counters::default()));
         let (addr, waker) = (transport.local_addr().to_owned(), transport.waker());
         let shape = loader.shape().clone();
