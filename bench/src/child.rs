@@ -13,6 +13,7 @@ use mesh_transport::{Limits, TransportKind, bind};
 use crate::BenchError;
 use crate::nodes::{self, Attention, RoundTrip, credentials};
 use crate::raw::{self, PlainClient};
+use crate::ucp;
 
 /// How long a child may take to end by itself.
 const GRACE: Duration = Duration::from_secs(2);
@@ -39,6 +40,8 @@ pub enum ChildRole {
         /// How many connect.
         peers: usize,
     },
+    /// The answering end over plain UCP; prints its address, and takes the asking end's as its first line of input.
+    UcpServer,
     /// A further asking end over plain sockets; otherwise as `attention`.
     PlainClient {
         /// Whom it connects to.
@@ -75,6 +78,7 @@ pub fn run(role: ChildRole) -> Result<(), BenchError> {
             });
             raw::serve_plain(listener, peers)
         }
+        ChildRole::UcpServer => ucp::serve(say),
         ChildRole::PlainClient { servers } => obey(&mut PlainClient::connect(&servers)?),
     }
 }
@@ -96,10 +100,12 @@ fn obey(end: &mut dyn RoundTrip) -> Result<(), BenchError> {
         let (Some(Ok(rows)), Some(Ok(millis))) = (words.next(), words.next()) else {
             return Err(BenchError::Other(format!("no order: {line:?}")));
         };
+        end.begin()?;
         let until = Instant::now() + Duration::from_millis(millis);
         while Instant::now() < until {
             end.round_trip((rows as usize).min(nodes::ROWS_MAX))?;
         }
+        end.end()?;
         say("done")?;
     }
     Ok(())
@@ -140,8 +146,13 @@ impl Process {
 
     /// Orders round trips of `rows` rows for `time`; `hear` then returns when they are done.
     pub fn order(&mut self, rows: usize, time: Duration) -> Result<(), BenchError> {
+        self.tell(&format!("{rows} {}", time.as_millis()))
+    }
+
+    /// Gives it a line of input.
+    pub fn tell(&mut self, line: &str) -> Result<(), BenchError> {
         let Some(input) = &mut self.input else { return Ok(()) };
-        let written = writeln!(input, "{rows} {}", time.as_millis()).and_then(|()| input.flush());
+        let written = writeln!(input, "{line}").and_then(|()| input.flush());
         written.map_err(BenchError::io("give an order"))
     }
 }

@@ -13,6 +13,7 @@ use crate::nodes::{self, Attention, ROWS_MAX, RoundTrip, credentials, split};
 use crate::perftest;
 use crate::raw::{self, PlainClient};
 use crate::report::{Figure, RATIO_GOAL, Report};
+use crate::ucp;
 
 const ROWS: [usize; 5] = [0, 1, 8, 64, 128];
 
@@ -30,7 +31,9 @@ pub fn run(transports: &[TransportKind], block: Duration) -> Result<Report, Benc
     let mut report = Report {
         memcpy_memory_bytes_per_s: raw::memcpy_rate(64 << 20, MEMCPY_TIME),
         memcpy_cache_bytes_per_s: raw::memcpy_rate(raw::wire_bytes(ROWS_MAX).0, MEMCPY_TIME),
-        waiting: format!("ours, sockets and queues spin {spin:?} and then sleep; ucx_perftest spins for ever"),
+        waiting: format!(
+            "ours, sockets and queues spin {spin:?} and then sleep; plain ucp and ucx_perftest spin for ever"
+        ),
         ratio_goal: RATIO_GOAL,
         figures: Vec::new(),
         left_out: Vec::new(),
@@ -64,6 +67,8 @@ fn run_shape(
         if kind == TransportKind::Local { local(attention, experts)? } else { mesh(kind, attention, experts)? };
     let (raw, mut limit) = if kind == TransportKind::Local {
         ("queues", queues(attention, experts)?)
+    } else if kind == TransportKind::Ucx && experts == 1 {
+        ("plain ucp", ucp::plain()?)
     } else {
         ("sockets", sockets(attention, experts)?)
     };
@@ -92,18 +97,17 @@ fn run_shape(
             raw_p50_us: Some(percentile(&mut b, 50)),
             raw_p99_us: Some(percentile(&mut b, 99)),
             ratio: None,
+            perftest_us: None,
         };
         if !perftest_us.is_empty() {
             perftest_us.sort_by(f64::total_cmp);
-            figure.raw = "ucx_perftest";
-            figure.raw_p50_us = Some(perftest_us[perftest_us.len() / 2]);
-            figure.raw_p99_us = None;
+            figure.perftest_us = Some(perftest_us[perftest_us.len() / 2]);
         }
         figure.ratio = figure.raw_p50_us.map(|raw| figure.p50_us / raw);
         report.figures.push(figure);
     }
-    if kind == TransportKind::Ucx && experts == 1 && report.figures.iter().all(|f| f.raw != "ucx_perftest") {
-        report.left_out.push("ucx_perftest is not installed (Debian: ucx-utils): ucx stands beside sockets".into());
+    if kind == TransportKind::Ucx && experts == 1 && report.figures.iter().all(|f| f.perftest_us.is_none()) {
+        report.left_out.push("ucx_perftest is not installed (Debian: ucx-utils)".into());
     }
     Ok(())
 }
@@ -116,7 +120,7 @@ fn percentile(samples: &mut [Duration], percent: usize) -> f64 {
 }
 
 /// One attention end here, further ones beside it, and whatever must live as long.
-struct Running {
+pub struct Running {
     here: Box<dyn RoundTrip>,
     beside: Vec<Box<dyn Beside>>,
     /// Expert ends; dropped, and so ended, last.
@@ -129,15 +133,16 @@ impl Running {
         for beside in &mut self.beside {
             beside.begin(rows, time)?;
         }
-        let until = Instant::now() + time;
-        loop {
-            let begun = Instant::now();
-            if begun >= until {
-                break;
-            }
+        self.here.begin()?;
+        let mut begun = Instant::now();
+        let until = begun + time;
+        while begun < until {
             self.here.round_trip(rows)?;
-            into.push(begun.elapsed());
+            let done = Instant::now();
+            into.push(done - begun);
+            begun = done;
         }
+        self.here.end()?;
         self.beside.iter_mut().try_for_each(|beside| beside.end())
     }
 }
@@ -172,7 +177,7 @@ impl Beside for Thread {
         if let Some(mut end) = self.end.take() {
             self.running = Some(std::thread::spawn(move || {
                 let until = Instant::now() + time;
-                let mut outcome = Ok(());
+                let mut outcome = end.begin();
                 while outcome.is_ok() && Instant::now() < until {
                     outcome = end.round_trip(rows);
                 }
@@ -190,7 +195,7 @@ impl Beside for Thread {
     }
 }
 
-fn assemble(ends: Vec<Box<dyn RoundTrip>>, others: Vec<Box<dyn std::any::Any>>) -> Result<Running, BenchError> {
+pub fn assemble(ends: Vec<Box<dyn RoundTrip>>, others: Vec<Box<dyn std::any::Any>>) -> Result<Running, BenchError> {
     let mut ends = ends.into_iter();
     let here = ends.next().ok_or_else(|| BenchError::Other("a shape without attention".into()))?;
     let beside = ends.map(|end| Box::new(Thread { end: Some(end), running: None }) as Box<dyn Beside>).collect();

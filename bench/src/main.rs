@@ -5,7 +5,7 @@
 //! - `nodes`: the measured mesh: attention ends and echoing expert ends
 //! - `raw`: the same bytes over plain sockets, and over queues between threads
 //! - `child`: the other processes of a run
-//! - `perftest`: `ucx_perftest`, where it is installed
+//! - `ucp`: the same bytes over plain UCP; `perftest`: `ucx_perftest`, where it is installed
 //! - `report`: the table and the JSON
 
 #![forbid(unsafe_code)]
@@ -16,6 +16,7 @@ mod nodes;
 mod perftest;
 mod raw;
 mod report;
+mod ucp;
 
 use std::process::ExitCode;
 use std::time::Duration;

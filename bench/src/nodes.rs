@@ -22,10 +22,29 @@ pub const ROWS_MAX: usize = 128;
 /// How long any answer may take before the run is given up.
 pub const PATIENCE: Duration = Duration::from_secs(10);
 
+/// Waits of one round trip, without the last answer, after which each looks at the clock.
+const SILENT_MAX: usize = 16;
+
 /// Something whose round trips are measured.
 pub trait RoundTrip: Send {
     /// Sends `rows` rows, split evenly, and waits for as many from each.
     fn round_trip(&mut self, rows: usize) -> Result<(), BenchError>;
+
+    /// Called before a number of round trips, which must be over within [`PATIENCE`].
+    ///
+    /// # Errors
+    /// The other end does not get ready.
+    fn begin(&mut self) -> Result<(), BenchError> {
+        Ok(())
+    }
+
+    /// Called after them.
+    ///
+    /// # Errors
+    /// The other end does not come to rest.
+    fn end(&mut self) -> Result<(), BenchError> {
+        Ok(())
+    }
 }
 
 /// Rows for each of `nodes`, by position; with no rows at all each still gets an (empty) message.
@@ -46,6 +65,8 @@ pub struct Attention {
     channels: Vec<ChannelId>,
     seq: u64,
     activations: Vec<u8>,
+    /// By when any answer must be here: looked at the clock for once in many round trips.
+    deadline: Instant,
     events: Vec<Event>,
     /// Answers of the exchange under way.
     answers: Vec<FrameBuf>,
@@ -65,7 +86,8 @@ impl Attention {
             channels.push(transport.connect(addr, Instant::now() + PATIENCE)?.0);
         }
         let activations = (0..ROWS_MAX * ROW_BYTES).map(|at| at as u8).collect();
-        Ok(Self { transport, channels, seq: 0, activations, events: Vec::new(), answers: Vec::new() })
+        let deadline = Instant::now();
+        Ok(Self { transport, channels, seq: 0, activations, deadline, events: Vec::new(), answers: Vec::new() })
     }
 
     fn dispatch(&mut self, to: usize, rows: std::ops::Range<usize>) -> Result<(), BenchError> {
@@ -97,17 +119,21 @@ impl Attention {
 }
 
 impl RoundTrip for Attention {
+    fn begin(&mut self) -> Result<(), BenchError> {
+        self.deadline = Instant::now() + PATIENCE;
+        Ok(())
+    }
+
     fn round_trip(&mut self, rows: usize) -> Result<(), BenchError> {
         self.seq += 1;
-        let (mut owed, mut at) = (0, 0);
+        let (mut owed, mut at, mut silent) = (0, 0, 0);
         for (to, share) in split(rows, self.channels.len()) {
             self.dispatch(to, at..at + share)?;
             at += share;
             owed += 1;
         }
-        let deadline = Instant::now() + PATIENCE;
         let mut events = std::mem::take(&mut self.events);
-        while self.answers.len() < owed {
+        loop {
             self.transport.poll(&mut events);
             for event in events.drain(..) {
                 match event {
@@ -116,12 +142,14 @@ impl RoundTrip for Attention {
                     other => return Err(BenchError::Other(format!("unexpected: {other:?}"))),
                 }
             }
-            if self.answers.len() < owed {
-                if Instant::now() >= deadline {
-                    return Err(BenchError::Other(format!("no answer within {PATIENCE:?}")));
-                }
-                self.transport.wait(deadline);
+            if self.answers.len() >= owed {
+                break;
             }
+            silent += 1;
+            if silent > SILENT_MAX && Instant::now() >= self.deadline {
+                return Err(BenchError::Other(format!("no answer within {PATIENCE:?}")));
+            }
+            self.transport.wait(self.deadline);
         }
         self.events = events;
         let bytes: usize = self.answers.drain(..).map(|body| body.len()).sum();
@@ -136,11 +164,15 @@ impl RoundTrip for Attention {
 /// An expert end: answers each dispatch with its own rows until `stop` says so (looked at after each wake).
 pub fn serve(mut transport: Box<dyn Transport>, stop: impl Fn() -> bool) -> Result<(), BenchError> {
     let (mut events, mut asked) = (Vec::new(), VecDeque::new());
+    let mut latest = Instant::now();
     while !stop() {
-        transport.poll(&mut events);
+        let came_now = transport.poll(&mut events) > 0;
         for event in events.drain(..) {
             match event {
-                Event::Frame { channel, header, body } => asked.push_back((channel, header, body, Instant::now())),
+                Event::Frame { channel, header, body } => {
+                    latest = Instant::now();
+                    asked.push_back((channel, header, body, latest));
+                }
                 Event::Closed { channel, .. } => asked.retain(|(of, ..)| *of != channel),
                 Event::Accepted { .. } => {}
             }
@@ -160,7 +192,10 @@ pub fn serve(mut transport: Box<dyn Transport>, stop: impl Fn() -> bool) -> Resu
             let _ = transport.send(*channel, &header, answer);
             asked.pop_front();
         }
-        transport.wait(Instant::now() + PATIENCE);
+        if !came_now {
+            latest = Instant::now();
+        }
+        transport.wait(latest + PATIENCE);
     }
     Ok(())
 }

@@ -50,6 +50,9 @@ pub struct Figure {
     pub raw_p50_us: Option<f64>,
     /// Its 99th percentile, where it gives one.
     pub raw_p99_us: Option<f64>,
+    /// Microseconds, median, of `ucx_perftest`'s active messages of the same bytes, where it is installed. It sends one
+    /// buffer over and over and reads nothing of what it receives.
+    pub perftest_us: Option<f64>,
     /// Ours over raw, medians.
     pub ratio: Option<f64>,
 }
@@ -77,15 +80,15 @@ impl Report {
         // Writing to a string cannot fail.
         let _ = writeln!(
             text,
-            "{:<6} {:<5} {:>5} {:>9}  {:>9} {:>9}  {:<12} {:>9} {:>9}  {:>6}",
-            "", "shape", "rows", "bytes", "p50 us", "p99 us", "raw limit", "p50 us", "p99 us", "ratio"
+            "{:<6} {:<5} {:>5} {:>9}  {:>9} {:>9}  {:<12} {:>9} {:>9}  {:>6}  {:>12}",
+            "", "shape", "rows", "bytes", "p50 us", "p99 us", "raw limit", "p50 us", "p99 us", "ratio", "ucx_perftest"
         );
         let number = |value: Option<f64>| value.map_or_else(|| "-".to_owned(), |v| format!("{v:.1}"));
         for f in &self.figures {
             let ratio = f.ratio.map_or_else(|| "-".to_owned(), |r| format!("{r:.2}"));
             let _ = writeln!(
                 text,
-                "{:<6} {:<5} {:>5} {:>9}  {:>9.1} {:>9.1}  {:<12} {:>9} {:>9}  {ratio:>6}",
+                "{:<6} {:<5} {:>5} {:>9}  {:>9.1} {:>9.1}  {:<12} {:>9} {:>9}  {ratio:>6}  {:>12}",
                 f.transport,
                 f.shape,
                 f.rows,
@@ -94,7 +97,8 @@ impl Report {
                 f.p99_us,
                 f.raw,
                 number(f.raw_p50_us),
-                number(f.raw_p99_us)
+                number(f.raw_p99_us),
+                number(f.perftest_us)
             );
         }
         let ratios = self.figures.iter().filter_map(|f| f.ratio);

@@ -1,6 +1,6 @@
 //! What waits for a transport's thread, and its sleep.
 
-use std::collections::{BTreeMap, HashMap, VecDeque};
+use std::collections::BTreeMap;
 use std::fmt;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
@@ -11,6 +11,9 @@ use crate::buffer::FrameBuf;
 use crate::frame::FrameHeader;
 use crate::handshake::{HandshakeError, Refusal};
 use crate::{ChannelId, FRAMES_QUEUED_MAX, Identity, TransportError, Wake};
+
+/// Looks at the queue between two offers of the processor to others.
+const SPINS_A_YIELD: u32 = 4;
 
 pub(super) enum Message {
     Accepted { channel: ChannelId, peer: Identity, link: Link },
@@ -38,11 +41,10 @@ pub(super) enum Pushed {
 
 #[derive(Default)]
 struct State {
-    queue: VecDeque<Message>,
+    queue: Vec<Message>,
     /// Channels that may still bring something, and how many of their frames are queued.
-    open: HashMap<ChannelId, usize>,
+    open: BTreeMap<ChannelId, usize>,
     channels: u64,
-    woken: bool,
     sleeping: bool,
     shut: bool,
     refused: BTreeMap<&'static str, u64>,
@@ -53,14 +55,16 @@ pub(crate) struct Inbox {
     channels_max: usize,
     state: Mutex<State>,
     changed: Condvar,
-    /// Whether there is something in the queue or a wake: what the spinning thread looks at.
+    /// Whether there is something in the queue: what the spinning thread looks at. Written under the lock.
     ready: AtomicBool,
+    /// Whether somebody called since the last wait that saw it.
+    woken: AtomicBool,
 }
 
 impl Inbox {
     pub(super) fn new(channels_max: usize) -> Self {
         let (state, changed) = (Mutex::default(), Condvar::new());
-        Self { channels_max, state, changed, ready: AtomicBool::new(false) }
+        Self { channels_max, state, changed, ready: AtomicBool::new(false), woken: AtomicBool::new(false) }
     }
 
     fn lock(&self) -> MutexGuard<'_, State> {
@@ -70,7 +74,7 @@ impl Inbox {
     /// Tells the owner that there is something; releases the lock first.
     fn announce(&self, state: MutexGuard<'_, State>) {
         let sleeping = state.sleeping;
-        self.ready.store(true, Ordering::Release);
+        self.ready.store(!state.queue.is_empty(), Ordering::Release);
         drop(state);
         if sleeping {
             self.changed.notify_one();
@@ -99,7 +103,7 @@ impl Inbox {
         if state.shut {
             return Err(HandshakeError::HungUp);
         }
-        state.queue.push_back(Message::Accepted { channel, peer, link });
+        state.queue.push(Message::Accepted { channel, peer, link });
         self.announce(state);
         Ok(channel)
     }
@@ -119,7 +123,7 @@ impl Inbox {
             return Pushed::Full { frames };
         }
         *queued += 1;
-        state.queue.push_back(Message::Frame { channel, header: *header, body });
+        state.queue.push(Message::Frame { channel, header: *header, body });
         self.announce(state);
         Pushed::Queued
     }
@@ -128,7 +132,7 @@ impl Inbox {
     pub(super) fn push_closed(&self, channel: ChannelId, error: TransportError) {
         let mut state = self.lock();
         if state.open.remove(&channel).is_some() {
-            state.queue.push_back(Message::Closed { channel, error });
+            state.queue.push(Message::Closed { channel, error });
             self.announce(state);
         }
     }
@@ -137,10 +141,9 @@ impl Inbox {
     pub(super) fn forget(&self, channel: ChannelId) -> Vec<Message> {
         let mut state = self.lock();
         state.open.remove(&channel);
-        let (mine, others): (VecDeque<_>, _) =
-            std::mem::take(&mut state.queue).into_iter().partition(|m| m.channel() == channel);
+        let (mine, others) = std::mem::take(&mut state.queue).into_iter().partition(|m| m.channel() == channel);
         state.queue = others;
-        mine.into()
+        mine
     }
 
     /// Ends everything: nothing can be pushed any more. The messages are returned, to be dropped outside the lock.
@@ -148,28 +151,38 @@ impl Inbox {
         let mut state = self.lock();
         state.shut = true;
         state.open.clear();
-        std::mem::take(&mut state.queue).into()
+        std::mem::take(&mut state.queue)
     }
 
+    /// Everything in the queue; `into` must be empty, and its memory is the queue's from then on.
     pub(super) fn take(&self, into: &mut Vec<Message>) {
         if !self.ready.load(Ordering::Acquire) {
             return;
         }
         let mut state = self.lock();
-        into.extend(state.queue.drain(..));
+        std::mem::swap(&mut state.queue, into);
         state.open.values_mut().for_each(|queued| *queued = 0);
-        self.ready.store(state.woken, Ordering::Release);
+        self.ready.store(false, Ordering::Release);
     }
 
     /// Returns when there is something, on a wake, or at the deadline.
     pub(super) fn wait(&self, deadline: Instant, spin_max: Duration) {
+        if self.has_news() {
+            return;
+        }
         let spin_until = deadline.min(Instant::now() + spin_max);
-        while !self.ready.load(Ordering::Acquire) && Instant::now() < spin_until {
+        while Instant::now() < spin_until {
+            for _ in 0..SPINS_A_YIELD {
+                if self.has_news() {
+                    return;
+                }
+                std::hint::spin_loop();
+            }
             // On few cores, the peer that is waited for may need this one.
             std::thread::yield_now();
         }
         let mut state = self.lock();
-        while state.queue.is_empty() && !state.woken {
+        while state.queue.is_empty() && !self.has_news() {
             let left = deadline.saturating_duration_since(Instant::now());
             if left.is_zero() {
                 break;
@@ -178,8 +191,13 @@ impl Inbox {
             state = self.changed.wait_timeout(state, left).unwrap_or_else(PoisonError::into_inner).0;
             state.sleeping = false;
         }
-        state.woken = false;
-        self.ready.store(!state.queue.is_empty(), Ordering::Release);
+    }
+
+    /// Whether a wait is over; takes note of a call.
+    fn has_news(&self) -> bool {
+        // Looking before writing keeps the cache line shared while the owner spins.
+        self.ready.load(Ordering::Acquire)
+            || self.woken.load(Ordering::Acquire) && self.woken.swap(false, Ordering::AcqRel)
     }
 
     pub(super) fn refuse(&self, reason: &'static str) {
@@ -193,8 +211,8 @@ impl Inbox {
 
 impl Wake for Inbox {
     fn wake(&self) {
-        let mut state = self.lock();
-        state.woken = true;
+        let state = self.lock();
+        self.woken.store(true, Ordering::Release);
         self.announce(state);
     }
 }

@@ -7,7 +7,7 @@
 pub mod hub;
 mod inbox;
 
-use std::collections::HashMap;
+use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::Instant;
 
@@ -80,7 +80,7 @@ pub struct LocalTransport {
     credentials: Credentials,
     window: Arc<Window>,
     inbox: Arc<Inbox>,
-    links: HashMap<ChannelId, Link>,
+    links: BTreeMap<ChannelId, Link>,
     stats: TransportStats,
     taken: Vec<Message>,
 }
@@ -95,7 +95,7 @@ impl LocalTransport {
         let window = Window::new(limits.bodies_max, limits.body_bytes_max);
         let inbox = Arc::new(Inbox::new(limits.channels_max));
         window.set_waker(inbox.clone());
-        let (links, stats, taken) = (HashMap::new(), TransportStats::default(), Vec::new());
+        let (links, stats, taken) = (BTreeMap::new(), TransportStats::default(), Vec::new());
         Self { hub, name, limits, credentials, window, inbox, links, stats, taken }
     }
 

@@ -37,18 +37,31 @@ impl Outgoing {
         self.waiting.push_back((header.encode(), body));
     }
 
+    /// The active-message header of a frame that may go at once; none when it must wait behind others or for credit.
+    pub fn straight(&mut self, header: &FrameHeader) -> Option<[u8; HEAD_BYTES]> {
+        (self.waiting.is_empty() && self.has_credit()).then(|| self.number(&header.encode()))
+    }
+
     /// The next frame that the peer has credit for, with its active-message header.
     pub fn next(&mut self) -> Option<([u8; HEAD_BYTES], FrameBuf)> {
-        if self.sent - self.acked >= CREDITS {
+        if !self.has_credit() {
             return None;
         }
         let (header, body) = self.waiting.pop_front()?;
+        Some((self.number(&header), body))
+    }
+
+    fn has_credit(&self) -> bool {
+        self.sent - self.acked < CREDITS
+    }
+
+    fn number(&mut self, header: &[u8; HEADER_BYTES]) -> [u8; HEAD_BYTES] {
         let mut head = [0; HEAD_BYTES];
         head[..8].copy_from_slice(&self.theirs.0.to_le_bytes());
         head[8..PREFIX_BYTES].copy_from_slice(&self.sent.to_le_bytes());
-        head[PREFIX_BYTES..].copy_from_slice(&header);
+        head[PREFIX_BYTES..].copy_from_slice(header);
         self.sent += 1;
-        Some((head, body))
+        head
     }
 
     /// The peer says that it has taken `count` frames in all; false if it cannot have.
@@ -322,6 +335,7 @@ mod tests {
         while outgoing.next().is_some() {}
         assert!(outgoing.acknowledge(3));
         assert!(outgoing.acknowledge(2), "an older one changes nothing");
+        assert!(outgoing.straight(&FrameHeader::probe(Slot(1))).is_none(), "others wait");
         assert_eq!(std::iter::from_fn(|| outgoing.next()).count(), 3);
     }
 

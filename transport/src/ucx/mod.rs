@@ -12,6 +12,7 @@
 //! - `door`: sockets and handshakes; `greeting`: what a handshake carries for UCX
 //! - `channel`: order and credit; `inbox`: what UCX's callbacks write
 //! - `worker` and `library`: the safe face of `ucx-sys`; `sleep`: waiting and waking
+//! - [`pingpong`]: UCX's own round trip, which benchmarks hold this against
 
 #![allow(unsafe_code)]
 
@@ -22,6 +23,7 @@ mod greeting;
 mod inbox;
 mod library;
 mod peer;
+pub mod pingpong;
 mod sleep;
 mod transport;
 mod worker;

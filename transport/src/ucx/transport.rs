@@ -8,7 +8,7 @@ use std::time::Instant;
 use super::UcxOptions;
 use super::channel::{Incoming, Outgoing, Step};
 use super::door::{Door, Entered};
-use super::inbox::{ACK_EVERY, Arrival, Inbox, Payload, Token};
+use super::inbox::{ACK_EVERY, Arrival, HEAD_BYTES, Inbox, Payload, Token};
 use super::library::{Context, UcxError};
 use super::peer::{Channel, failed, unavailable, violation};
 use super::sleep::{Waker, Watched};
@@ -26,6 +26,8 @@ const PROGRESS_MAX: usize = 16;
 const SOCKETS_EVERY: u32 = 256;
 /// Spins of a wait between two offers of the processor to others, who may be whom we wait for.
 const YIELD_EVERY: u32 = 32;
+/// Pauses between two spins of a wait.
+const PAUSES: u32 = 2;
 /// Attempts to fall asleep that may find UCX busy before the wait returns instead.
 const ARM_TRIES_MAX: usize = 1000;
 
@@ -137,12 +139,15 @@ impl UcxTransport {
 
     /// Takes in what UCX has, and moves it as far as it goes; whether there was anything.
     fn receive(&mut self) -> bool {
-        let mut moved = false;
-        for _ in 0..PROGRESS_MAX {
-            if !self.worker.progress() {
-                break;
+        // What a wait has found already is taken as it is.
+        let mut moved = self.worker.inbox().has_news();
+        if !moved {
+            for _ in 0..PROGRESS_MAX {
+                if !self.worker.progress() {
+                    break;
+                }
+                moved = true;
             }
-            moved = true;
         }
         while let Some((token, arrival)) = self.worker.inbox().take() {
             moved = true;
@@ -276,14 +281,23 @@ impl UcxTransport {
 
     /// Sends what the peer has credit for.
     fn pump(&mut self, place: usize) {
-        let Some(channel) = self.channels[place].as_mut() else { return };
-        while let Some((head, body)) = channel.outgoing.next() {
-            self.stats.sent(HEADER_BYTES + body.len());
-            if let Err(error) = self.worker.send_frame(&channel.endpoint, channel.token, &head, body) {
-                let (id, error) = (channel.id, channel.failed("send a frame", error));
-                return self.break_later(id, error);
+        while let Some((head, body)) = self.channels[place].as_mut().and_then(|channel| channel.outgoing.next()) {
+            if !self.post(place, &head, body) {
+                return;
             }
         }
+    }
+
+    /// Gives a frame to UCX; false when that breaks the channel.
+    fn post(&mut self, place: usize, head: &[u8; HEAD_BYTES], body: FrameBuf) -> bool {
+        let Some(channel) = self.channels[place].as_ref() else { return false };
+        self.stats.sent(HEADER_BYTES + body.len());
+        if let Err(error) = self.worker.send_frame(&channel.endpoint, channel.token, head, body) {
+            let (id, error) = (channel.id, channel.failed("send a frame", error));
+            self.break_later(id, error);
+            return false;
+        }
+        true
     }
 
     /// Fills `watched` with every descriptor, the event descriptor first, then the channels' in their order.
@@ -407,8 +421,11 @@ impl Transport for UcxTransport {
             self.break_later(channel, TransportError::SlowPeer { peer, frames });
             return Ok(());
         }
-        open.outgoing.push(header, body);
-        self.pump(place);
+        if let Some(head) = open.outgoing.straight(header) {
+            self.post(place, &head, body);
+        } else {
+            open.outgoing.push(header, body);
+        }
         Ok(())
     }
 
@@ -464,16 +481,29 @@ impl Transport for UcxTransport {
 impl UcxTransport {
     /// Spins for as long as the limits say; whether there is something to poll for.
     fn spin(&mut self, deadline: Instant) -> bool {
-        let until = Instant::now().checked_add(self.limits.spin_max).map_or(deadline, |until| until.min(deadline));
-        while Instant::now() < until {
+        // The answer of a peer that waits on another core is here before the clock needs to be looked at.
+        let mut until = None;
+        if self.limits.spin_max.is_zero() {
+            return false;
+        }
+        loop {
             for spin in 1..=SOCKETS_EVERY {
                 if self.worker.progress() || self.worker.inbox().has_news() || self.waker.take() {
                     return true;
                 }
                 if spin % YIELD_EVERY == 0 {
+                    let now = Instant::now();
+                    let spun = now.checked_add(self.limits.spin_max).map_or(deadline, |spun| spun.min(deadline));
+                    let until = *until.get_or_insert(spun);
+                    if now >= until {
+                        return until >= deadline;
+                    }
                     std::thread::yield_now();
                 }
-                std::hint::spin_loop();
+                // The peer may be on this core's other hardware thread: what we look at too often, it pays for.
+                for _ in 0..PAUSES {
+                    std::hint::spin_loop();
+                }
             }
             if self.worker.pending() > 0 && self.reap() {
                 return true;
@@ -484,6 +514,5 @@ impl UcxTransport {
                 return true;
             }
         }
-        until >= deadline
     }
 }
