@@ -113,7 +113,8 @@ impl Pingpong {
         check(&self.context.ucp, "ucp_ep_create", status)
     }
 
-    /// Sends `ask` bytes, freshly written, and returns when `answer` bytes have come back. False: nothing for `patience`.
+    /// Sends `ask` bytes, freshly written, and returns when `answer` bytes have come back. False: nothing for `patience`, or
+    /// not connected.
     ///
     /// # Errors
     /// What UCX refuses.
@@ -136,13 +137,16 @@ impl Pingpong {
     }
 
     fn send(&mut self, bytes: usize, wanted: usize, patience: Duration) -> Result<bool, UcxError> {
+        if self.endpoint.is_null() {
+            return Ok(false);
+        }
         let bytes = bytes.min(self.sent.len());
         self.sent[..bytes].copy_from_slice(&self.source[..bytes]);
         let mut head = [0; HEAD_BYTES];
         head[..8].copy_from_slice(&(wanted as u64).to_le_bytes());
         let param = host_memory();
-        // SAFETY: a live endpoint of this worker; header and body stay in place until the operation is complete, which is
-        // waited for below without end of life: an operation that does not end keeps this call from returning early.
+        // SAFETY: a live endpoint of this worker; header and body stay in place until the operation is complete, before which
+        // `complete` does not return.
         let request = unsafe {
             self.context.ucp.ucp_am_send_nbx(
                 self.endpoint,
@@ -177,6 +181,7 @@ impl Pingpong {
         Ok(self.complete("ucp_am_recv_data_nbx", request, patience)?.then_some((bytes, wanted)))
     }
 
+    /// Waits for an operation. One that does not end within `patience` ends the process: its memory cannot be given up.
     fn complete(&mut self, call: &'static str, request: *mut c_void, patience: Duration) -> Result<bool, UcxError> {
         let value = request as isize;
         if value == 0 {
@@ -188,7 +193,11 @@ impl Pingpong {
         // SAFETY: a request that UCX returned and that is freed below.
         let status = |end: &Self| unsafe { end.context.ucp.ucp_request_check_status(request) };
         if !self.progress_until(|end| status(end) != sys::ucs_status_t::UCS_INPROGRESS, patience) {
-            // The peer is gone and UCX may still touch our memory: there is no way to go on.
+            tracing::error!(
+                call,
+                ?patience,
+                "ucx does not end an operation whose memory it may still touch: giving up"
+            );
             std::process::abort();
         }
         let outcome = check(&self.context.ucp, call, status(self)).map(|()| true);
