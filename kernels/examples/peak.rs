@@ -92,11 +92,11 @@ fn report(cpu: &Cpu) -> Result<Value, Failure> {
     let limits = Limits::of(cpu);
     let mut cases = Vec::new();
     for (n, k) in [(HIDDEN, HIDDEN), (2 * INTERMEDIATE, HIDDEN), (HIDDEN, INTERMEDIATE)] {
-        for m in [1, 8, 64, 512] {
+        for m in [1, 4, 8, 12, 16, 64, 512] {
             cases.push(case("linear", [m, n, k], linear_seconds(cpu, m, n, k)?, limits, cpu.dtype()));
         }
     }
-    for m in [1, 8, 64, 512] {
+    for m in [1, 4, 8, 12, 16, 64, 512] {
         // Gate, up and down are as one matrix of three times the intermediate size.
         cases.push(case("ffn", [m, 3 * INTERMEDIATE, HIDDEN], ffn_seconds(cpu, m)?, limits, cpu.dtype()));
     }

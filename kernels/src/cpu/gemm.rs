@@ -18,6 +18,9 @@ pub(crate) const TILE_COLS: usize = TILE_BLOCKS * LANES;
 /// How far ahead of a single row's product the weights are asked for: the processor's own prefetchers stop at pages.
 const PREFETCH_BYTES: usize = 2048;
 
+/// Fewer rows than this are never one of several passes: seven are four and three.
+const AHEAD_ROWS_MIN: usize = 3;
+
 /// Input rows that stay in the second-level cache while all weights pass by: rows are read piecemeal, which the
 /// processor cannot foresee, and weights in order, which it can.
 const INPUT_BLOCK_BYTES: usize = 256 << 10;
@@ -129,10 +132,13 @@ unsafe fn product_of_rows<S: Simd>(s: S, p: &Product<'_>, from: usize, to: usize
     while block < p.blocks.end {
         let blocks = TILE_BLOCKS.min(p.blocks.end - block);
         let weights = &p.weights[block * p.block_bytes..(block + blocks) * p.block_bytes];
-        let panel = Panel { weights: weights.as_ptr(), block_bytes: p.block_bytes, k: p.k };
-        let mut row = from;
+        let mut panel = Panel { weights: weights.as_ptr(), block_bytes: p.block_bytes, k: p.k, ahead: None };
+        let passes = (to - from).div_ceil(rows_at_once);
+        let (mut row, mut pass) = (from, 0);
         while row < to {
             let left = to - row;
+            panel.ahead = ahead(p, block + blocks, passes, pass);
+            pass += 1;
             // As even as possible: 4 + 4 rows rather than 6 + 2.
             let rows = left.div_ceil(left.div_ceil(rows_at_once));
             let mut x = [p.x.row(row); ROWS_MAX];
@@ -156,12 +162,27 @@ unsafe fn product_of_rows<S: Simd>(s: S, p: &Product<'_>, from: usize, to: usize
     }
 }
 
+/// What pass `pass` over a panel asks for of the next panel, which begins at block `next`. The first of several passes finds
+/// the panel's weights in memory and the others in the cache: asked for evenly by all passes, the next panel comes while they
+/// compute. A single pass waits for memory as it is.
+fn ahead(p: &Product<'_>, next: usize, passes: usize, pass: usize) -> Option<[*const u8; 2]> {
+    let each = if passes < TILE_BLOCKS { 2 } else { 1 };
+    let first = next + pass * each;
+    if passes < 2 || pass * each >= TILE_BLOCKS || first + each > p.blocks.end {
+        return None;
+    }
+    let of = |block: usize| p.weights.as_ptr().wrapping_add(block * p.block_bytes);
+    Some([of(first), of(first + each - 1)])
+}
+
 /// Consecutive column blocks of weights.
 #[derive(Clone, Copy)]
 struct Panel {
     weights: *const u8,
     block_bytes: usize,
     k: usize,
+    /// Blocks to ask for while these are multiplied.
+    ahead: Option<[*const u8; 2]>,
 }
 
 /// # Safety
@@ -207,14 +228,17 @@ unsafe fn fill_rows<S: Simd, const BF16: bool, const MR: usize>(
         let left = blocks - first;
         // SAFETY: blocks `first..first + NR` exist, as does the rest by the caller's promise.
         unsafe {
-            if wide == 4 && left >= 4 {
-                kernel::<S, BF16, MR, 4>(s, first, x, panel, tile);
+            if wide == 4 && left >= 4 && MR >= AHEAD_ROWS_MIN && panel.ahead.is_some() {
+                kernel::<S, BF16, MR, 4, true>(s, first, x, panel, tile);
+                first += 4;
+            } else if wide == 4 && left >= 4 {
+                kernel::<S, BF16, MR, 4, false>(s, first, x, panel, tile);
                 first += 4;
             } else if wide >= 2 && left >= 2 {
-                kernel::<S, BF16, MR, 2>(s, first, x, panel, tile);
+                kernel::<S, BF16, MR, 2, false>(s, first, x, panel, tile);
                 first += 2;
             } else {
-                kernel::<S, BF16, MR, 1>(s, first, x, panel, tile);
+                kernel::<S, BF16, MR, 1, false>(s, first, x, panel, tile);
                 first += 1;
             }
         }
@@ -225,7 +249,7 @@ unsafe fn fill_rows<S: Simd, const BF16: bool, const MR: usize>(
 /// # Safety
 /// The first `MR` pointers of `x` are to rows of `k` elements, and blocks `first..first + NR` of the panel exist.
 #[inline(always)]
-unsafe fn kernel<S: Simd, const BF16: bool, const MR: usize, const NR: usize>(
+unsafe fn kernel<S: Simd, const BF16: bool, const MR: usize, const NR: usize, const AHEAD: bool>(
     s: S,
     first: usize,
     x: &[*const u8; ROWS_MAX],
@@ -243,6 +267,10 @@ unsafe fn kernel<S: Simd, const BF16: bool, const MR: usize, const NR: usize>(
                 for j in 0..NR {
                     s.prefetch(at.wrapping_add(j * panel.block_bytes + PREFETCH_BYTES));
                 }
+            }
+            if AHEAD && let Some(ahead) = panel.ahead {
+                s.prefetch_far(ahead[0].wrapping_add(step * LANES * 4));
+                s.prefetch_far(ahead[1].wrapping_add(step * LANES * 4));
             }
             if BF16 {
                 let mut weights = [s.load_pairs(at.cast()); NR];

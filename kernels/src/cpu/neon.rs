@@ -139,4 +139,6 @@ impl Simd for Neon {
     // The stable toolchain has no prefetch here; these machines' own prefetchers follow linear streams.
     #[inline(always)]
     fn prefetch(self, _at: *const u8) {}
+    #[inline(always)]
+    fn prefetch_far(self, _at: *const u8) {}
 }

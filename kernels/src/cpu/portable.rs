@@ -148,4 +148,6 @@ impl Simd for Portable {
 
     #[inline(always)]
     fn prefetch(self, _at: *const u8) {}
+    #[inline(always)]
+    fn prefetch_far(self, _at: *const u8) {}
 }

@@ -70,6 +70,8 @@ pub(crate) trait Simd: Copy {
 
     /// Asks for the line at `at` ahead of its use; the address may be anything.
     fn prefetch(self, at: *const u8);
+    /// As `prefetch`, for later: not into the first-level cache.
+    fn prefetch_far(self, at: *const u8);
 
     /// Sixteen elements of `dtype`, widened.
     /// # Safety
