@@ -33,7 +33,7 @@ fn main() -> Result<(), Failure> {
     let isa: Option<Isa> = value("--isa").map(|name| name.parse()).transpose()?;
     let mut reports = Vec::new();
     for dtype in [Dtype::Bf16, Dtype::F32] {
-        let isa = isa.filter(|&isa| dtype == Dtype::Bf16 || isa != Isa::Avx512Bf16);
+        let isa = isa.filter(|isa| isa.suits(dtype));
         reports.push(report(&Cpu::new(CpuOptions { dtype, threads, isa })?)?);
     }
     if arguments.iter().any(|argument| argument == "--json") {

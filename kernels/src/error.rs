@@ -16,7 +16,7 @@ pub enum KernelError {
         best: Isa,
     },
     /// A name that is no instruction set.
-    #[error("unknown instruction set `{0}`; choose avx512-bf16, avx512, avx2, neon or portable")]
+    #[error("unknown instruction set `{0}`; choose amx-bf16, avx512-bf16, avx512, avx2, neon or portable")]
     IsaUnknown(String),
     /// A name that is no compute dtype.
     #[error("unknown dtype `{0}`; choose f32 or bf16")]

@@ -29,6 +29,13 @@ impl AlignedBuf {
         AlignedBuf::with_alignment(len, LINE_BYTES)
     }
 
+    /// No bytes.
+    pub const fn empty() -> AlignedBuf {
+        // SAFETY: the constant is not zero.
+        let start = unsafe { NonNull::new_unchecked(std::ptr::without_provenance_mut(LINE_BYTES)) };
+        AlignedBuf { allocation: None, start, len: 0 }
+    }
+
     /// `len` zero bytes that will be written at once and read often.
     pub fn for_weights(len: usize) -> Result<AlignedBuf, KernelError> {
         if len < HUGE_PAGE_BYTES {
@@ -48,9 +55,7 @@ impl AlignedBuf {
     // through aligned ones, which would commit a whole KV cache at start.
     fn with_alignment(len: usize, align: usize) -> Result<AlignedBuf, KernelError> {
         if len == 0 {
-            // SAFETY: the constant is not zero.
-            let start = unsafe { NonNull::new_unchecked(std::ptr::without_provenance_mut(LINE_BYTES)) };
-            return Ok(AlignedBuf { allocation: None, start, len });
+            return Ok(AlignedBuf::empty());
         }
         let memory = || KernelError::Memory { bytes: len };
         let total = len.checked_add(align).ok_or_else(memory)?;

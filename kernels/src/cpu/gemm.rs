@@ -38,7 +38,7 @@ pub(crate) enum Source<'a> {
 
 impl Source<'_> {
     #[inline(always)]
-    fn row(&self, index: usize) -> *const u8 {
+    pub(crate) fn row(&self, index: usize) -> *const u8 {
         match self {
             Source::Strided { bytes, stride } => bytes[index * stride..].as_ptr(),
             Source::Gathered(rows) => rows[index].as_ptr(),
@@ -59,7 +59,7 @@ impl Places<'_> {
     /// # Safety
     /// `index` is one of the rows.
     #[inline(always)]
-    unsafe fn row(&self, index: usize) -> *mut u8 {
+    pub(crate) unsafe fn row(&self, index: usize) -> *mut u8 {
         match self {
             // SAFETY: the caller's promise.
             Places::Strided { start, stride } => unsafe { start.add(index * stride) },
@@ -318,7 +318,14 @@ unsafe fn kernel<S: Simd, const BF16: bool, const MR: usize, const NR: usize, co
 /// # Safety
 /// `place` holds the product's columns, of which nobody else touches this tile's.
 #[inline(always)]
-unsafe fn finish<S: Simd>(s: S, p: &Product<'_>, block: usize, blocks: usize, sums: &[f32; TILE_COLS], place: *mut u8) {
+pub(crate) unsafe fn finish<S: Simd>(
+    s: S,
+    p: &Product<'_>,
+    block: usize,
+    blocks: usize,
+    sums: &[f32; TILE_COLS],
+    place: *mut u8,
+) {
     // SAFETY: `sums` is whole, and no more than the columns left are stored.
     unsafe {
         match p.epilogue {

@@ -8,6 +8,8 @@ use crate::{Dtype, KernelError};
 /// An instruction set that the kernels are compiled for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Isa {
+    /// AMX tiles with `tdpbf16ps`, and AVX-512 with BF16 around them.
+    AmxBf16,
     /// AVX-512 with `vdpbf16ps`: bf16 products at twice the rate of f32.
     Avx512Bf16,
     /// AVX-512 (F, BW, DQ, VL); bf16 is widened.
@@ -22,17 +24,23 @@ pub enum Isa {
 
 impl Isa {
     /// Every instruction set, best first.
-    pub const ALL: [Isa; 5] = [Isa::Avx512Bf16, Isa::Avx512, Isa::Avx2, Isa::Neon, Isa::Portable];
+    pub const ALL: [Isa; 6] = [Isa::AmxBf16, Isa::Avx512Bf16, Isa::Avx512, Isa::Avx2, Isa::Neon, Isa::Portable];
 
     /// The best one for `dtype` on this machine.
     pub fn detect(dtype: Dtype) -> Isa {
-        let useful = |isa: &Isa| dtype == Dtype::Bf16 || *isa != Isa::Avx512Bf16;
-        Isa::ALL.into_iter().filter(useful).find(|isa| isa.is_available()).unwrap_or(Isa::Portable)
+        Isa::ALL.into_iter().filter(|isa| isa.suits(dtype)).find(|isa| isa.is_available()).unwrap_or(Isa::Portable)
+    }
+
+    /// Whether it has more for `dtype` than the next one.
+    pub fn suits(self, dtype: Dtype) -> bool {
+        dtype == Dtype::Bf16 || !matches!(self, Isa::AmxBf16 | Isa::Avx512Bf16)
     }
 
     /// Whether this machine has it.
     pub fn is_available(self) -> bool {
         match self {
+            #[cfg(target_arch = "x86_64")]
+            Isa::AmxBf16 => Isa::Avx512Bf16.is_available() && super::amx::is_available(),
             #[cfg(target_arch = "x86_64")]
             Isa::Avx512Bf16 => Isa::Avx512.is_available() && is_x86_feature_detected!("avx512bf16"),
             #[cfg(target_arch = "x86_64")]
@@ -55,6 +63,7 @@ impl Isa {
     /// Its name in configuration and logs.
     pub const fn as_str(self) -> &'static str {
         match self {
+            Isa::AmxBf16 => "amx-bf16",
             Isa::Avx512Bf16 => "avx512-bf16",
             Isa::Avx512 => "avx512",
             Isa::Avx2 => "avx2",
@@ -87,7 +96,7 @@ mod tests {
         for dtype in [Dtype::F32, Dtype::Bf16] {
             assert!(Isa::detect(dtype).is_available());
         }
-        assert_ne!(Isa::detect(Dtype::F32), Isa::Avx512Bf16);
+        assert!(!matches!(Isa::detect(Dtype::F32), Isa::AmxBf16 | Isa::Avx512Bf16));
     }
 
     #[test]

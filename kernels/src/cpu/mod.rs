@@ -3,9 +3,11 @@
 //! # Layout
 //! - `isa`: what the machine has
 //! - `simd`: sixteen lanes, over which every kernel is written once; `x86`, `neon`, `portable` are its registers
-//! - `gemm`, `attend`: the kernels; `table`: them compiled for each instruction set
+//! - `gemm`, `attend`: the kernels; `amx`: products on tiles; `table`: them compiled for each instruction set
 //! - `pack`: weights; `rope`: kept angles; `pool`: threads; `tasks`: how products are cut
 
+#[cfg(target_arch = "x86_64")]
+mod amx;
 mod attend;
 mod gemm;
 mod isa;

@@ -31,6 +31,8 @@ impl Kernels {
     pub fn of(isa: Isa) -> &'static Kernels {
         match isa {
             #[cfg(target_arch = "x86_64")]
+            Isa::AmxBf16 => &amx_bf16::KERNELS,
+            #[cfg(target_arch = "x86_64")]
             Isa::Avx512Bf16 => &avx512_bf16::KERNELS,
             #[cfg(target_arch = "x86_64")]
             Isa::Avx512 => &avx512::KERNELS,
@@ -193,7 +195,7 @@ macro_rules! entries {
                 super::read(unsafe { $assume }, bytes)
             }
 
-            pub(super) static KERNELS: Kernels = Kernels {
+            pub(super) const KERNELS: Kernels = Kernels {
                 product,
                 attend,
                 rms_norm_row,
@@ -219,6 +221,34 @@ entries!(avx2, crate::cpu::x86::Avx2::assume(), "avx2,fma");
 entries!(avx512, crate::cpu::x86::Avx512::assume(), "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma");
 #[cfg(target_arch = "x86_64")]
 entries!(avx512_bf16, crate::cpu::x86::Avx512Bf16::assume(), "avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,avx2,fma");
+/// AMX: bf16 products on tiles, all else as AVX-512 does it.
+#[cfg(target_arch = "x86_64")]
+mod amx_bf16 {
+    use super::*;
+    use crate::cpu::amx;
+
+    unsafe fn product(p: &Product<'_>) {
+        // SAFETY: the caller's promise, for whichever holds of the dtype.
+        unsafe {
+            match p.dtype {
+                Dtype::Bf16 => amx::product(p),
+                Dtype::F32 => (avx512_bf16::KERNELS.product)(p),
+            }
+        }
+    }
+
+    unsafe fn spin(dtype: Dtype, rounds: u64) -> u64 {
+        // SAFETY: the caller's promise.
+        unsafe {
+            match dtype {
+                Dtype::Bf16 => amx::spin(rounds),
+                Dtype::F32 => (avx512_bf16::KERNELS.spin)(dtype, rounds),
+            }
+        }
+    }
+
+    pub(super) const KERNELS: Kernels = Kernels { product, spin, ..avx512_bf16::KERNELS };
+}
 #[cfg(target_arch = "aarch64")]
 entries!(neon, crate::cpu::neon::Neon::assume(), "neon");
 
