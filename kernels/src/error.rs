@@ -35,7 +35,7 @@ pub enum KernelError {
         /// How many were asked for.
         threads: usize,
         /// What the system said.
-        source: rayon::ThreadPoolBuildError,
+        source: std::io::Error,
     },
     /// A cache shape with a zero in it, or one whose size overflows.
     #[error("a KV cache of {shape:?} in {dtype} is empty or too large to address; choose fewer pages")]

@@ -21,7 +21,8 @@ pub mod frame;
 pub mod handshake;
 pub mod local;
 pub mod open;
-pub mod stats;
+pub mod spin;
+mod stats;
 pub mod tcp;
 pub mod ucx;
 
@@ -117,7 +118,7 @@ pub struct Limits {
     pub channels_max: usize,
     /// How long a handshake may take.
     pub handshake_max: Duration,
-    /// How long a blocked wait spins before it sleeps.
+    /// How long a blocked wait spins at most before it sleeps; within that, the waits before it decide.
     pub spin_max: Duration,
 }
 
@@ -128,7 +129,7 @@ impl Default for Limits {
             bodies_max: 256,
             channels_max: 256,
             handshake_max: Duration::from_secs(5),
-            spin_max: Duration::from_micros(20),
+            spin_max: Duration::from_millis(2),
         }
     }
 }
@@ -199,7 +200,8 @@ pub trait Transport: Send {
     /// Moves bytes and appends what happened to `events`; never blocks. Returns how many were appended.
     fn poll(&mut self, events: &mut Vec<Event>) -> usize;
 
-    /// Blocks until `poll` may have something, `wake` is called, or `deadline`: spins for `spin_max`, then sleeps.
+    /// Blocks until `poll` may have something, `wake` is called, or `deadline`: spins for up to `spin_max`, then
+    /// sleeps.
     fn wait(&mut self, deadline: Instant);
 
     /// What other threads wake this one with.

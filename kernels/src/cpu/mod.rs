@@ -36,7 +36,7 @@ use crate::{
 };
 use attend::Attend;
 use gemm::{Epilogue, Places, Product, Source};
-use pool::{Pool, Shared};
+use pool::{Parts, Pool};
 use rope::RopeTables;
 use table::Kernels;
 
@@ -218,7 +218,7 @@ impl Compute for Cpu {
         checks::out(self.dtype, &out, x.len());
         let cols = weight.len();
         let rows = checks::heads(x.len(), cols, 0, cols);
-        let (row_bytes, places) = (cols * self.dtype.bytes(), Shared::new(out.bytes));
+        let (row_bytes, places) = (cols * self.dtype.bytes(), Parts::new(out.bytes));
         self.run_rows(rows, cols, |row| {
             // SAFETY: each row is one task's; the machine has the instruction set.
             unsafe {
@@ -230,7 +230,7 @@ impl Compute for Cpu {
 
     fn rms_norm_heads(&self, x: &mut [f32], stride: usize, offset: usize, count: usize, weight: &[f32], eps: f32) {
         let width = weight.len();
-        let (rows, x) = (checks::heads(x.len(), stride, offset, count * width), Shared::new(x));
+        let (rows, x) = (checks::heads(x.len(), stride, offset, count * width), Parts::new(x));
         self.run_rows(rows, count * width, |row| {
             for head in 0..count {
                 // SAFETY: each row is one task's, and its heads come in turn; the machine has the instruction set.
@@ -244,7 +244,7 @@ impl Compute for Cpu {
 
     fn rotate(&self, x: &mut [f32], stride: usize, offset: usize, heads: usize, positions: &[u32], rope: &Rope) {
         checks::rotate(x.len(), stride, offset, heads, positions, rope);
-        let (dim, x) = (2 * rope.inv_freq.len(), Shared::new(x));
+        let (dim, x) = (2 * rope.inv_freq.len(), Parts::new(x));
         let table = self.ropes.table(rope);
         self.run_rows(positions.len(), heads * dim, |row| {
             // SAFETY: each row is one task's; the machine has the instruction set.
@@ -286,7 +286,7 @@ impl Compute for Cpu {
         let seen = |row: &QueryRow<'_>| row.position + 1 - checks::first_visible(row.position, shape.window);
         let cost = rows.iter().map(|row| 2 * (seen(row) as usize * shape.heads * head_dim) as u64).sum();
         let runs = tasks::runs(rows, ATTEND_ROWS);
-        let places = Shared::new(out.bytes);
+        let places = Parts::new(out.bytes);
         self.pool.run(runs.len() * kv_heads, cost, |task| {
             let (run, kv_head) = (&runs[task / kv_heads], task % kv_heads);
             let task = Attend {
@@ -310,7 +310,7 @@ impl Compute for Cpu {
 
     fn combine(&self, residual: &mut [f32], cols: usize, per_row: usize, terms: &[Term<'_>]) {
         let rows = checks::combine(self.dtype, residual, cols, per_row, terms);
-        let residual = Shared::new(residual);
+        let residual = Parts::new(residual);
         self.run_rows(rows, cols * (per_row + 1), |row| {
             // SAFETY: each row is one task's; the machine has the instruction set.
             unsafe {

@@ -1,6 +1,6 @@
 //! Packing: output channels across lanes, once, when weights are loaded.
 
-use super::pool::{Pool, Shared};
+use super::pool::{Parts, Pool};
 use crate::matrix::{LANES, Layout, Matrix, block_bytes, check_ffn, out_of_memory, stacked_shape};
 use crate::memory::AlignedBuf;
 use crate::rows::MatrixView;
@@ -61,7 +61,7 @@ fn pack_lanes<'r, 'a: 'r>(
 ) -> AlignedBuf {
     let size = block_bytes(dtype, k);
     let mut data = AlignedBuf::for_weights(blocks * size).unwrap_or_else(|error| out_of_memory(&error));
-    let shared = Shared::new(data.as_mut_slice());
+    let shared = Parts::new(data.as_mut_slice());
     pool.run(blocks, (blocks * size) as u64, |block| {
         // SAFETY: blocks do not overlap, and `data` outlives the run.
         let out = unsafe { shared.part(block * size, size) };

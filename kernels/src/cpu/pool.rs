@@ -1,20 +1,67 @@
 //! Threads: work is cut into more tasks than threads and taken from a counter, so that a slow core stalls nothing.
+//!
+//! A decoding step is some hundred calls of some ten microseconds each, and waking a sleeping thread takes as long as such a
+//! call. So a thread without work looks for the next for a while, offering its processor to others all the time, before it
+//! sleeps. The caller works too, and waits only for threads that took a task: one that is late finds nothing left to do.
 
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
 
 use crate::KernelError;
 
 /// Most threads of one backend.
 pub const THREADS_MAX: usize = 1024;
-/// Work below this many multiply-accumulates (some ten microseconds) runs where it is: waking a thread costs as much.
-const SHARE_COST_MIN: u64 = 1 << 20;
+/// Work below this many multiply-accumulates (some ten microseconds) runs where it is.
+const SHARE_COST_MIN: u64 = 1 << 18;
 /// Tasks for each thread, where the work can be cut so far.
 const TASKS_PER_THREAD: usize = 4;
+/// How long a thread without work looks for some before it sleeps: longer than from one layer to the next.
+const SPIN_MAX: Duration = Duration::from_millis(2);
+/// Looks between two offers of the processor to others.
+const LOOKS_PER_YIELD: usize = 64;
 
 /// The caller's thread and `threads - 1` others.
 pub(crate) struct Pool {
-    others: Option<rayon::ThreadPool>,
+    shared: Arc<Shared>,
+    others: Vec<std::thread::JoinHandle<()>>,
     threads: usize,
+    /// Held by the caller whose work the threads do; another caller meanwhile works alone.
+    caller: Mutex<()>,
+}
+
+/// What callers and threads meet at.
+struct Shared {
+    /// The present job, or null. Whoever wants to work on it is counted in `inside` first and looks again.
+    job: std::sync::atomic::AtomicPtr<Job<'static>>,
+    inside: AtomicUsize,
+    /// Jobs so far, for threads to see that there is a new one.
+    jobs: AtomicUsize,
+    stop: AtomicBool,
+    /// Threads that sleep.
+    sleeping: AtomicUsize,
+    asleep: Mutex<()>,
+    wake: Condvar,
+}
+
+/// A call's work.
+struct Job<'a> {
+    body: &'a (dyn Fn(usize) + Sync),
+    tasks: usize,
+    next: AtomicUsize,
+    panicked: AtomicBool,
+}
+
+impl Job<'_> {
+    fn work(&self) {
+        loop {
+            let task = self.next.fetch_add(1, Ordering::Relaxed);
+            if task >= self.tasks {
+                break;
+            }
+            (self.body)(task);
+        }
+    }
 }
 
 impl Pool {
@@ -22,13 +69,22 @@ impl Pool {
         if threads == 0 || threads > THREADS_MAX {
             return Err(KernelError::Threads { asked: threads, max: THREADS_MAX });
         }
-        let others = if threads == 1 {
-            None
-        } else {
-            let pool = rayon::ThreadPoolBuilder::new().num_threads(threads - 1).thread_name(|i| format!("compute-{i}"));
-            Some(pool.build().map_err(|source| KernelError::Pool { threads, source })?)
-        };
-        Ok(Pool { others, threads })
+        let shared = Arc::new(Shared {
+            job: Default::default(),
+            inside: AtomicUsize::new(0),
+            jobs: AtomicUsize::new(0),
+            stop: AtomicBool::new(false),
+            sleeping: AtomicUsize::new(0),
+            asleep: Mutex::new(()),
+            wake: Condvar::new(),
+        });
+        let mut pool = Pool { shared, others: Vec::new(), threads, caller: Mutex::new(()) };
+        for i in 1..threads {
+            let shared = pool.shared.clone();
+            let thread = std::thread::Builder::new().name(format!("compute-{i}")).spawn(move || shared.serve());
+            pool.others.push(thread.map_err(|source| KernelError::Pool { threads, source })?);
+        }
+        Ok(pool)
     }
 
     pub fn threads(&self) -> usize {
@@ -37,48 +93,122 @@ impl Pool {
 
     /// Into how many tasks work of `cost` multiply-accumulates is best cut.
     pub fn tasks(&self, cost: u64) -> usize {
-        if self.others.is_none() || cost < SHARE_COST_MIN { 1 } else { self.threads * TASKS_PER_THREAD }
+        if self.threads == 1 || cost < SHARE_COST_MIN { 1 } else { self.threads * TASKS_PER_THREAD }
     }
 
-    /// Runs `body` for every task below `tasks`, on all threads if `cost` is worth it.
+    /// Runs `body` for every task below `tasks`, on all threads if `cost` is worth it and no other caller has them.
+    ///
+    /// # Panics
+    /// When `body` does, on any thread; the other tasks may then not have run.
     pub fn run(&self, tasks: usize, cost: u64, body: impl Fn(usize) + Sync) {
-        let next = AtomicUsize::new(0);
-        let work = || {
-            loop {
-                let task = next.fetch_add(1, Ordering::Relaxed);
-                if task >= tasks {
-                    break;
+        let job = Job { body: &body, tasks, next: AtomicUsize::new(0), panicked: AtomicBool::new(false) };
+        let shared = self.threads > 1 && tasks > 1 && cost >= SHARE_COST_MIN;
+        match self.caller.try_lock() {
+            Ok(guard) if shared => self.share(&job, guard),
+            _ => job.work(),
+        }
+        if job.panicked.into_inner() {
+            panic!("a task on another thread panicked");
+        }
+    }
+
+    fn share(&self, job: &Job<'_>, _caller: MutexGuard<'_, ()>) {
+        /// Takes the job back and waits until nobody works on it any more, also when the caller's own task panics.
+        struct TakeBack<'a>(&'a Shared);
+        impl Drop for TakeBack<'_> {
+            fn drop(&mut self) {
+                self.0.job.store(std::ptr::null_mut(), Ordering::SeqCst);
+                let mut looks = 0;
+                while self.0.inside.load(Ordering::SeqCst) != 0 {
+                    pause(&mut looks);
                 }
-                body(task);
             }
-        };
-        match &self.others {
-            Some(pool) if tasks > 1 && cost >= SHARE_COST_MIN => pool.in_place_scope(|scope| {
-                for _ in 1..self.threads.min(tasks) {
-                    scope.spawn(|_| work());
-                }
-                work();
-            }),
-            _ => work(),
+        }
+        let shared = &*self.shared;
+        let _taken_back = TakeBack(shared);
+        let job: *const Job<'_> = job;
+        shared.job.store(job.cast_mut().cast(), Ordering::SeqCst);
+        shared.jobs.fetch_add(1, Ordering::SeqCst);
+        if shared.sleeping.load(Ordering::SeqCst) > 0 {
+            drop(shared.asleep.lock().unwrap_or_else(PoisonError::into_inner));
+            shared.wake.notify_all();
+        }
+        // SAFETY: it is the caller's, and lives beyond this function.
+        unsafe { (*job).work() };
+    }
+}
+
+impl Drop for Pool {
+    fn drop(&mut self) {
+        self.shared.stop.store(true, Ordering::SeqCst);
+        drop(self.shared.asleep.lock().unwrap_or_else(PoisonError::into_inner));
+        self.shared.wake.notify_all();
+        for thread in self.others.drain(..) {
+            // Its panics were caught: there is nothing to learn from the join.
+            let _ended = thread.join();
         }
     }
 }
 
+impl Shared {
+    /// A thread's life.
+    fn serve(&self) {
+        let mut seen = 0;
+        while let Some(jobs) = self.next_job(seen) {
+            seen = jobs;
+            self.inside.fetch_add(1, Ordering::SeqCst);
+            let job = self.job.load(Ordering::SeqCst);
+            if !job.is_null() {
+                // SAFETY: whoever takes a job back waits, after that, for all who were counted before they saw it.
+                let job = unsafe { &*job };
+                if std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| job.work())).is_err() {
+                    job.panicked.store(true, Ordering::SeqCst);
+                }
+            }
+            self.inside.fetch_sub(1, Ordering::SeqCst);
+        }
+    }
+
+    /// Waits for a job after number `seen`; its number, or `None` at the end.
+    fn next_job(&self, seen: usize) -> Option<usize> {
+        let news = || self.jobs.load(Ordering::SeqCst) != seen || self.stop.load(Ordering::SeqCst);
+        let (started, mut looks) = (Instant::now(), 0);
+        while !news() {
+            pause(&mut looks);
+            if looks % LOOKS_PER_YIELD == 0 && started.elapsed() >= SPIN_MAX {
+                let mut guard = self.asleep.lock().unwrap_or_else(PoisonError::into_inner);
+                self.sleeping.fetch_add(1, Ordering::SeqCst);
+                while !news() {
+                    guard = self.wake.wait(guard).unwrap_or_else(PoisonError::into_inner);
+                }
+                self.sleeping.fetch_sub(1, Ordering::SeqCst);
+            }
+        }
+        (!self.stop.load(Ordering::SeqCst)).then(|| self.jobs.load(Ordering::SeqCst))
+    }
+}
+
+/// One look's pause; offers the processor to others now and then.
+fn pause(looks: &mut usize) {
+    *looks = looks.wrapping_add(1);
+    if *looks % LOOKS_PER_YIELD == 0 { std::thread::yield_now() } else { std::hint::spin_loop() }
+}
+
 /// A slice that tasks write disjoint parts of.
 #[derive(Clone, Copy)]
-pub(crate) struct Shared<T> {
+pub(crate) struct Parts<T> {
     start: *mut T,
     len: usize,
 }
 
 // SAFETY: parts are only made by `part`, whose caller promises that they are disjoint.
-unsafe impl<T: Send> Send for Shared<T> {}
+unsafe impl<T: Send> Send for Parts<T> {}
 // SAFETY: as above.
-unsafe impl<T: Send> Sync for Shared<T> {}
+unsafe impl<T: Send> Sync for Parts<T> {}
 
-impl<T> Shared<T> {
-    pub fn new(slice: &mut [T]) -> Shared<T> {
-        Shared { start: slice.as_mut_ptr(), len: slice.len() }
+impl<T> Parts<T> {
+    pub fn new(slice: &mut [T]) -> Parts<T> {
+        Parts { start: slice.as_mut_ptr(), len: slice.len() }
     }
 
     /// The place of element `index`, for kernels that write through pointers.

@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::fmt;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use super::Link;
 use crate::buffer::FrameBuf;
@@ -165,12 +165,12 @@ impl Inbox {
         self.ready.store(false, Ordering::Release);
     }
 
-    /// Returns when there is something, on a wake, or at the deadline.
-    pub(super) fn wait(&self, deadline: Instant, spin_max: Duration) {
+    /// Returns when there is something, on a wake, or at the deadline; spins until `spin_until`, then sleeps.
+    pub(super) fn wait(&self, deadline: Instant, spin_until: Instant) {
         if self.has_news() {
             return;
         }
-        let spin_until = deadline.min(Instant::now() + spin_max);
+        let spin_until = deadline.min(spin_until);
         while Instant::now() < spin_until {
             for _ in 0..SPINS_A_YIELD {
                 if self.has_news() {

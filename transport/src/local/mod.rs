@@ -13,6 +13,7 @@ use std::time::Instant;
 
 use crate::buffer::{FrameBuf, Window};
 use crate::frame::{FrameHeader, HEADER_BYTES};
+use crate::spin::SpinBudget;
 use crate::{
     Bound, ChannelId, Credentials, Event, Identity, Limits, Transport, TransportError, TransportKind, TransportStats,
     Wake,
@@ -83,6 +84,7 @@ pub struct LocalTransport {
     links: BTreeMap<ChannelId, Link>,
     stats: TransportStats,
     taken: Vec<Message>,
+    budget: SpinBudget,
 }
 
 impl LocalTransport {
@@ -96,7 +98,8 @@ impl LocalTransport {
         let inbox = Arc::new(Inbox::new(limits.channels_max));
         window.set_waker(inbox.clone());
         let (links, stats, taken) = (BTreeMap::new(), TransportStats::default(), Vec::new());
-        Self { hub, name, limits, credentials, window, inbox, links, stats, taken }
+        let budget = SpinBudget::new(limits.spin_max);
+        Self { hub, name, limits, credentials, window, inbox, links, stats, taken, budget }
     }
 
     /// Ends a channel at both ends; the peer learns `why`.
@@ -205,7 +208,9 @@ impl Transport for LocalTransport {
     }
 
     fn wait(&mut self, deadline: Instant) {
-        self.inbox.wait(deadline, self.limits.spin_max);
+        let begun = Instant::now();
+        self.inbox.wait(deadline, begun + self.budget.next());
+        self.budget.learn(begun.elapsed());
     }
 
     fn waker(&self) -> Arc<dyn Wake> {

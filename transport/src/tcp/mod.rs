@@ -19,6 +19,7 @@ use mio::{Events, Interest, Poll, Token};
 use crate::buffer::{FrameBuf, Window};
 use crate::frame::{FrameHeader, HEADER_BYTES};
 use crate::handshake::{Handshake, HandshakeError, Proven};
+use crate::spin::SpinBudget;
 use crate::{
     Bound, ChannelId, Credentials, Event, Identity, Limits, Transport, TransportError, TransportKind, TransportStats,
     Wake,
@@ -79,6 +80,7 @@ pub struct TcpTransport {
     listener: Option<TcpListener>,
     local_addr: String,
     limits: Limits,
+    budget: SpinBudget,
     credentials: Credentials,
     window: Arc<Window>,
     /// The number of the next connection: its token, and its channel once it is authenticated.
@@ -123,6 +125,7 @@ impl TcpTransport {
             waker,
             listener,
             local_addr,
+            budget: SpinBudget::new(limits.spin_max),
             limits,
             credentials,
             window,
@@ -358,7 +361,24 @@ impl Transport for TcpTransport {
             return;
         }
         let begun = Instant::now();
-        let spin_until = deadline.min(begun + self.limits.spin_max);
+        self.wait_from(begun, deadline);
+        self.budget.learn(begun.elapsed());
+    }
+
+    fn waker(&self) -> Arc<dyn Wake> {
+        self.waker.clone()
+    }
+
+    fn stats(&self) -> TransportStats {
+        let (bodies_in_use, channels) = (self.window.in_use(), self.conns.len());
+        TransportStats { bodies_in_use, channels, ..self.stats.clone() }
+    }
+}
+
+impl TcpTransport {
+    /// Spins for as long as waits have been, then sleeps.
+    fn wait_from(&mut self, begun: Instant, deadline: Instant) {
+        let spin_until = deadline.min(begun + self.budget.next());
         loop {
             if self.ask(Duration::ZERO) || self.waker.take() {
                 return;
@@ -380,14 +400,5 @@ impl Transport for TcpTransport {
         }
         self.waker.set_sleeping(false);
         self.waker.take();
-    }
-
-    fn waker(&self) -> Arc<dyn Wake> {
-        self.waker.clone()
-    }
-
-    fn stats(&self) -> TransportStats {
-        let (bodies_in_use, channels) = (self.window.in_use(), self.conns.len());
-        TransportStats { bodies_in_use, channels, ..self.stats.clone() }
     }
 }

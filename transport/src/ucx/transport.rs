@@ -15,6 +15,7 @@ use super::sleep::{Waker, Watched};
 use super::worker::{Finished, Worker};
 use crate::buffer::{FrameBuf, Window};
 use crate::frame::{FrameHeader, HEADER_BYTES};
+use crate::spin::SpinBudget;
 use crate::{
     ChannelId, Credentials, Event, FRAMES_QUEUED_MAX, Identity, Limits, Transport, TransportError, TransportKind,
     TransportStats, Wake,
@@ -34,6 +35,7 @@ const ARM_TRIES_MAX: usize = 1000;
 /// A node's end of the data plane over UCX.
 pub struct UcxTransport {
     limits: Limits,
+    budget: SpinBudget,
     window: Arc<Window>,
     waker: Arc<Waker>,
     worker: Worker,
@@ -83,6 +85,7 @@ impl UcxTransport {
         let door = Door::new(listener, credentials, &limits, options, address)?;
         Ok(Self {
             channels: (0..limits.channels_max).map(|_| None).collect(),
+            budget: SpinBudget::new(limits.spin_max),
             limits,
             window,
             waker,
@@ -443,9 +446,32 @@ impl Transport for UcxTransport {
     }
 
     fn wait(&mut self, deadline: Instant) {
-        if !self.broken.is_empty() || !self.touched.is_empty() || self.spin(deadline) {
+        if !self.broken.is_empty() || !self.touched.is_empty() {
             return;
         }
+        let begun = Instant::now();
+        if !self.spin(begun, deadline) {
+            self.sleep(deadline);
+        }
+        self.budget.learn(begun.elapsed());
+    }
+
+    fn waker(&self) -> Arc<dyn Wake> {
+        Arc::clone(&self.waker) as Arc<dyn Wake>
+    }
+
+    fn stats(&self) -> TransportStats {
+        TransportStats {
+            bodies_in_use: self.window.in_use(),
+            channels: self.channels.iter().flatten().count(),
+            ..self.stats.clone()
+        }
+    }
+}
+
+impl UcxTransport {
+    /// Sleeps until there is something to poll for, or `deadline`.
+    fn sleep(&mut self, deadline: Instant) {
         for _ in 0..ARM_TRIES_MAX {
             if self.worker.progress() || self.worker.inbox().has_news() {
                 return;
@@ -465,25 +491,10 @@ impl Transport for UcxTransport {
         self.polls = SOCKETS_EVERY;
     }
 
-    fn waker(&self) -> Arc<dyn Wake> {
-        Arc::clone(&self.waker) as Arc<dyn Wake>
-    }
-
-    fn stats(&self) -> TransportStats {
-        TransportStats {
-            bodies_in_use: self.window.in_use(),
-            channels: self.channels.iter().flatten().count(),
-            ..self.stats.clone()
-        }
-    }
-}
-
-impl UcxTransport {
-    /// Spins for as long as the limits say; whether there is something to poll for.
-    fn spin(&mut self, deadline: Instant) -> bool {
-        // The answer of a peer that waits on another core is here before the clock needs to be looked at.
-        let mut until = None;
-        if self.limits.spin_max.is_zero() {
+    /// Spins for as long as waits have been; whether there is something to poll for.
+    fn spin(&mut self, begun: Instant, deadline: Instant) -> bool {
+        let spun = begun.checked_add(self.budget.next()).map_or(deadline, |spun| spun.min(deadline));
+        if spun <= begun {
             return false;
         }
         loop {
@@ -492,11 +503,8 @@ impl UcxTransport {
                     return true;
                 }
                 if spin % YIELD_EVERY == 0 {
-                    let now = Instant::now();
-                    let spun = now.checked_add(self.limits.spin_max).map_or(deadline, |spun| spun.min(deadline));
-                    let until = *until.get_or_insert(spun);
-                    if now >= until {
-                        return until >= deadline;
+                    if Instant::now() >= spun {
+                        return spun >= deadline;
                     }
                     std::thread::yield_now();
                 }
