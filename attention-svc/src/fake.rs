@@ -10,7 +10,7 @@ use mesh_core::{LayerId, Slot, ViewId};
 use mesh_transport::Wake;
 
 use crate::engine::ModelRunner;
-use crate::runner::{RunError, Step, StepOutput};
+use crate::runner::{RunError, RunnerCounters, Step, StepOutput};
 
 /// Tokens in a page of the fake cache.
 pub const PAGE: u32 = 4;
@@ -153,6 +153,7 @@ pub struct FakeRunner {
     model: FakeModel,
     switch: Arc<Switch>,
     lost: Vec<(Slot, String)>,
+    counters: Arc<RunnerCounters>,
 }
 
 impl FakeRunner {
@@ -160,7 +161,8 @@ impl FakeRunner {
     pub fn new(pages: u32) -> (Self, Arc<Switch>) {
         let switch = Arc::new(Switch::default());
         switch.set(|c| c.serving = true);
-        (Self { model: FakeModel::new(pages), switch: switch.clone(), lost: vec![] }, switch)
+        let (model, counters) = (FakeModel::new(pages), Arc::default());
+        (Self { model, switch: switch.clone(), lost: vec![], counters }, switch)
     }
 }
 
@@ -215,6 +217,10 @@ impl ModelRunner for FakeRunner {
 
     fn waker(&self) -> Arc<dyn Wake> {
         self.switch.clone()
+    }
+
+    fn counters(&self) -> Arc<RunnerCounters> {
+        self.counters.clone()
     }
 
     fn take_lost(&mut self) -> Vec<(Slot, String)> {

@@ -46,7 +46,7 @@ impl ViewTarget for AttentionViews {
 
     fn load(&self) -> v1::NodeLoad {
         let (engine, runner) = (self.engine.counters(), self.counters.read());
-        v1::NodeLoad {
+        let mut load = v1::NodeLoad {
             kv_blocks_total: engine.kv_total.load(Relaxed),
             kv_blocks_free: engine.kv_free.load(Relaxed),
             requests_running: engine.running.load(Relaxed),
@@ -62,9 +62,11 @@ impl ViewTarget for AttentionViews {
             frames_received: runner.frames_received,
             refused: runner.refused.into_iter().map(|(why, n)| (why.to_owned(), n)).collect(),
             tokens: engine.tokens.load(Relaxed),
-            experts_held: 0,
             streams_open: engine.streams_open.load(Relaxed),
-        }
+            ..v1::NodeLoad::default()
+        };
+        self.counters.profile.report(&mut load);
+        load
     }
 }
 

@@ -5,6 +5,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Mutex, PoisonError};
 
 use mesh_proto::v1;
+use mesh_service::profile::{Part, Profile};
 
 /// Why a frame was not answered with rows.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -54,9 +55,30 @@ impl Refusal {
     }
 }
 
+/// The parts of a turn.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum TurnPart {
+    /// Taking in frames, picking and checking them.
+    Receive,
+    /// Grouping rows by expert, and the FFNs.
+    Ffn,
+    /// Sending the answers.
+    Answer,
+}
+
+impl Part for TurnPart {
+    const NAMES: &'static [&'static str] = &["receive", "ffn", "answer"];
+
+    fn index(self) -> usize {
+        self as usize
+    }
+}
+
 /// Counters from the node's start; written by the engine, read by heartbeats.
 #[derive(Debug, Default)]
 pub struct Counters {
+    /// Where the time of turns goes.
+    pub profile: Profile<TurnPart>,
     rounds: AtomicU64,
     rows: AtomicU64,
     pairs: AtomicU64,
@@ -124,7 +146,7 @@ impl Counters {
         for (name, count) in self.turned_away.lock().unwrap_or_else(PoisonError::into_inner).iter() {
             *refused.entry((*name).to_owned()).or_default() += count;
         }
-        v1::NodeLoad {
+        let mut load = v1::NodeLoad {
             steps: self.rounds(),
             pairs: self.pairs.load(ORDER),
             rows: self.rows.load(ORDER),
@@ -135,7 +157,9 @@ impl Counters {
             refused,
             experts_held: u32::try_from(experts_held).unwrap_or(u32::MAX),
             ..v1::NodeLoad::default()
-        }
+        };
+        self.profile.report(&mut load);
+        load
     }
 }
 

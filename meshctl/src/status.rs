@@ -3,7 +3,7 @@
 use std::fmt::Write;
 use std::time::Duration;
 
-use mesh_proto::v1::{LayerPlacement, ModelInfo, NodeLoad, NodeStatus, StatusResponse};
+use mesh_proto::v1::{LayerPlacement, ModelInfo, NodeLoad, NodeStatus, PartLoad, StatusResponse};
 use serde_json::{Value, json};
 
 use crate::cli::StatusArgs;
@@ -83,7 +83,12 @@ fn load_json(l: &NodeLoad) -> Value {
         "dispatch_bytes": l.dispatch_bytes, "combine_bytes": l.combine_bytes,
         "frames_sent": l.frames_sent, "frames_received": l.frames_received,
         "refused": l.refused, "experts_held": l.experts_held,
+        "uptime_ns": l.uptime_ns, "busy_ns": l.busy_ns, "parts": l.parts.iter().map(part_json).collect::<Vec<_>>(),
     })
+}
+
+fn part_json(p: &PartLoad) -> Value {
+    json!({ "part": p.part, "ns": p.ns, "flops": p.flops, "weight_bytes": p.weight_bytes })
 }
 
 /// The status for people.
@@ -214,7 +219,9 @@ mod tests {
     #[test]
     fn every_counter_of_a_node_is_in_the_json() {
         let refused = [("stale view".to_owned(), 2)].into();
+        let parts = vec![PartLoad { part: "qkv".into(), ns: 5, flops: 7, weight_bytes: 9 }];
         let load = NodeLoad { kv_blocks_free: 3, lanes_free: 2, streams_open: 1, refused, ..NodeLoad::default() };
+        let load = NodeLoad { uptime_ns: 11, busy_ns: 6, parts, ..load };
         let node = NodeStatus { role: "attention".into(), load: Some(load), ..NodeStatus::default() };
         let status = StatusResponse { serving: true, view: 4, nodes: vec![node], ..StatusResponse::default() };
         let json = to_json(&status);
@@ -225,6 +232,8 @@ mod tests {
             (&3.into(), &2.into(), &1.into())
         );
         assert_eq!(load["refused"]["stale view"], 2);
+        assert_eq!((&load["uptime_ns"], &load["busy_ns"]), (&11.into(), &6.into()));
+        assert_eq!(load["parts"][0], json!({ "part": "qkv", "ns": 5, "flops": 7, "weight_bytes": 9 }));
         assert!(to_text(&status).contains("2 refused (stale view)"));
     }
 }

@@ -5,6 +5,7 @@
 //! - [`telemetry`]: logs to stderr
 //! - [`shutdown`]: SIGINT and SIGTERM, once in good order, twice at once
 //! - [`ready`]: the line that says that a program is up
+//! - [`profile`]: where an engine's time goes
 //! - [`membership`]: a node's side of the control plane: registration, lease, views
 
 #![forbid(unsafe_code)]
@@ -12,6 +13,7 @@
 pub mod config;
 mod error;
 pub mod membership;
+pub mod profile;
 pub mod ready;
 pub mod shutdown;
 pub mod telemetry;

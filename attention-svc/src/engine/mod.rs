@@ -27,7 +27,7 @@ use tokio::sync::{mpsc, oneshot};
 use crate::kv_blocks::KvBlocks;
 use crate::output::Detokenize;
 use crate::request::Request;
-use crate::runner::{RunError, Runner, Step, StepOutput};
+use crate::runner::{RunError, Runner, RunnerCounters, Step, StepOutput};
 use crate::sampling::Scored;
 use crate::scheduler::{Scheduler, SchedulerLimits};
 use worker::Worker;
@@ -62,6 +62,8 @@ pub trait ModelRunner: Send + 'static {
     fn idle(&mut self, deadline: Instant);
     /// What ends [`ModelRunner::idle`] from other threads.
     fn waker(&self) -> Arc<dyn Wake>;
+    /// What it counts; the engine adds where its own time goes.
+    fn counters(&self) -> Arc<RunnerCounters>;
     /// Expert nodes seen lost since the last call.
     fn take_lost(&mut self) -> Vec<(Slot, String)>;
 }
@@ -93,6 +95,10 @@ impl ModelRunner for Runner {
 
     fn waker(&self) -> Arc<dyn Wake> {
         Runner::waker(self)
+    }
+
+    fn counters(&self) -> Arc<RunnerCounters> {
+        Runner::counters(self)
     }
 
     fn take_lost(&mut self) -> Vec<(Slot, String)> {

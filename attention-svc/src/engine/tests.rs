@@ -30,6 +30,7 @@ fn letter(token: u32) -> char {
 struct Rig {
     engine: Engine,
     switch: Arc<Switch>,
+    counted: Arc<RunnerCounters>,
 }
 
 fn options() -> EngineOptions {
@@ -42,7 +43,8 @@ fn options() -> EngineOptions {
 impl Rig {
     fn new(options: EngineOptions) -> Self {
         let (runner, switch) = FakeRunner::new(options.kv_pages);
-        Self { engine: start(runner, options).unwrap(), switch }
+        let counted = runner.counters();
+        Self { engine: start(runner, options).unwrap(), switch, counted }
     }
 
     fn submit(&self, request: Request) -> Generation {
@@ -167,7 +169,12 @@ async fn a_request_gets_its_tokens_its_text_and_its_end() {
     assert_eq!(got.finish, Some((FinishReason::Length, 20)));
     rig.assert_nothing_held().await;
     assert!(rig.engine.handle.counters().tokens.load(Ordering::SeqCst) == 20);
+    let counted = rig.counted.clone();
     rig.stop().await;
+    let mut load = mesh_proto::v1::NodeLoad::default();
+    counted.profile.report(&mut load);
+    let parts: u64 = load.parts.iter().map(|p| p.ns).sum();
+    assert!(parts > 0 && parts == load.busy_ns && load.busy_ns < load.uptime_ns, "{load:?}");
 }
 
 #[tokio::test]

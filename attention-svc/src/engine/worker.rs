@@ -12,7 +12,7 @@ use tokio::sync::mpsc;
 
 use super::active::Active;
 use super::{Command, EngineOptions, Event, ModelRunner, Shared, Submission, stopped};
-use crate::runner::{RunError, StepOutput};
+use crate::runner::{RunError, RunnerCounters, StepOutput, StepPart};
 use crate::sampling::Sampler;
 use crate::scheduler::{Refusal, Scheduler, SequenceId, Share};
 
@@ -29,6 +29,8 @@ pub(super) struct Worker<R> {
     commands: mpsc::Receiver<Command>,
     lost: mpsc::Sender<Evidence>,
     shared: Arc<Shared>,
+    /// The runner's, for where the time goes.
+    counted: Arc<RunnerCounters>,
     view: ViewId,
     /// Since when steps fail for want of a node, and how the first failure read.
     failing: Option<(Instant, MeshError)>,
@@ -43,7 +45,7 @@ impl<R: ModelRunner> Worker<R> {
         lost: mpsc::Sender<Evidence>,
         shared: Arc<Shared>,
     ) -> Self {
-        let (active, sampler) = (BTreeMap::new(), Sampler::default());
+        let (active, sampler, counted) = (BTreeMap::new(), Sampler::default(), runner.counters());
         Self {
             runner,
             scheduler,
@@ -53,6 +55,7 @@ impl<R: ModelRunner> Worker<R> {
             commands,
             lost,
             shared,
+            counted,
             view: ViewId::default(),
             failing: None,
         }
@@ -166,12 +169,14 @@ impl<R: ModelRunner> Worker<R> {
     }
 
     fn step(&mut self) {
+        self.counted.profile.start();
         let shares = self.scheduler.plan();
         self.publish();
         let routing = shares.iter().any(|s| self.active.get(&s.id).is_some_and(|a| a.request.return_routing));
         let step = self.scheduler.step(&shares, routing);
         let wanted = step.rows.iter().filter(|r| r.logits).count();
         let rows = step.rows.len();
+        self.counted.profile.lap(StepPart::Schedule);
         let result = self.runner.step(&step);
         let result = result.and_then(|output| self.check(&output, rows, wanted, routing).map(|()| output));
         match result {
@@ -183,6 +188,7 @@ impl<R: ModelRunner> Worker<R> {
             Err(error) => self.failed(&shares, &error),
         }
         self.publish();
+        self.counted.profile.stop(StepPart::Sample);
     }
 
     /// What the runner promised: so many logits, so many rows routed.

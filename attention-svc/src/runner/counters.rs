@@ -1,13 +1,86 @@
-//! What the runner counts, readable from any thread.
+//! What the runner counts, and where the engine's time goes; readable from any thread.
 
 use std::collections::BTreeMap;
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
-use std::time::Duration;
+
+use mesh_kernels::{Ffn, Matrix};
+use mesh_service::profile::{Part, Profile, Work};
+
+/// The parts of a step, in its order. The engine begins and ends the step, the runner laps between.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum StepPart {
+    /// Choosing what the step computes.
+    Schedule,
+    /// Rows of the embedding.
+    Embed,
+    /// RMS norms, of q and k too, with what lies beside them: biases and clipping of q, k and v, the copy of the rows
+    /// whose logits are wanted.
+    Norm,
+    /// The projection to q, k and v.
+    Qkv,
+    /// Rotation, and writing K and V to the cache.
+    RopeKv,
+    /// Attention over the cache.
+    Attention,
+    /// The projection back, added to the residual stream.
+    Out,
+    /// The feed-forward network of layers without routed experts.
+    Dense,
+    /// Scores of the experts and the choice of the best.
+    Gate,
+    /// Planning the exchange, building and sending its frames.
+    Dispatch,
+    /// Blocked for answers, and taking in what came.
+    Wait,
+    /// Weighing and adding the answers.
+    Combine,
+    /// The output head.
+    Head,
+    /// Choosing tokens and telling their listeners.
+    Sample,
+}
+
+impl Part for StepPart {
+    const NAMES: &'static [&'static str] = &[
+        "schedule",
+        "embed",
+        "norm",
+        "qkv",
+        "rope+kv",
+        "attention",
+        "out",
+        "dense",
+        "gate",
+        "dispatch",
+        "wait",
+        "combine",
+        "head",
+        "sample",
+    ];
+
+    fn index(self) -> usize {
+        self as usize
+    }
+}
+
+/// A projection of `rows` rows. Of no rows it is nothing.
+pub(super) fn linear_work(weights: &Matrix, rows: usize) -> Work {
+    let weight_bytes = if rows == 0 { 0 } else { weights.bytes() as u64 };
+    Work { flops: 2 * (rows * weights.n() * weights.k()) as u64, weight_bytes }
+}
+
+/// A feed-forward network on `rows` rows.
+pub(super) fn ffn_work(weights: &Ffn, rows: usize) -> Work {
+    let products = rows * 3 * weights.hidden() * weights.intermediate();
+    Work { flops: 2 * products as u64, weight_bytes: weights.bytes() as u64 }
+}
 
 /// Counters from the node's start; gauges where it says so.
 #[derive(Debug, Default)]
 pub struct RunnerCounters {
+    /// Where the time of steps goes.
+    pub profile: Profile<StepPart>,
     lanes_total: AtomicU64,
     lanes_free: AtomicU64,
     rows: AtomicU64,
@@ -16,7 +89,6 @@ pub struct RunnerCounters {
     combine_bytes: AtomicU64,
     frames_sent: AtomicU64,
     frames_received: AtomicU64,
-    wait_ns: AtomicU64,
     server_ns: AtomicU64,
     refused: Mutex<BTreeMap<&'static str, u64>>,
 }
@@ -40,8 +112,6 @@ pub struct RunnerReading {
     pub frames_sent: u64,
     /// Combine frames accepted.
     pub frames_received: u64,
-    /// Nanoseconds spent blocked for answers.
-    pub wait_ns: u64,
     /// Nanoseconds that expert nodes say the accepted answers took them, receive to send.
     pub server_ns: u64,
     /// Frames refused, under their reason.
@@ -67,10 +137,6 @@ impl RunnerCounters {
         self.server_ns.fetch_add(server_ns, Relaxed);
     }
 
-    pub(super) fn waited(&self, time: Duration) {
-        self.wait_ns.fetch_add(time.as_nanos() as u64, Relaxed);
-    }
-
     pub(super) fn refused(&self, why: &'static str) {
         // A poisoned count is still a count.
         let mut refused = self.refused.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
@@ -88,7 +154,6 @@ impl RunnerCounters {
             combine_bytes: self.combine_bytes.load(Relaxed),
             frames_sent: self.frames_sent.load(Relaxed),
             frames_received: self.frames_received.load(Relaxed),
-            wait_ns: self.wait_ns.load(Relaxed),
             server_ns: self.server_ns.load(Relaxed),
             refused: self.refused.lock().unwrap_or_else(std::sync::PoisonError::into_inner).clone(),
         }

@@ -1,6 +1,7 @@
 //! One micro-batch's way through the layers, up to each exchange and on from it.
 
 use std::ops::Range;
+use std::sync::Arc;
 
 use mesh_core::LayerId;
 use mesh_core::routing::{DispatchPlan, Routing};
@@ -9,6 +10,7 @@ use mesh_kernels::rows::RowBuf;
 use mesh_kernels::{AttentionShape, Compute, Ffn, FfnGroup, KV_PAGE_TOKENS, QueryRow, Term};
 use mesh_model::{ModelConfig, QkNorm};
 
+use super::counters::{RunnerCounters, StepPart, ffn_work, linear_work};
 use super::error::RunError;
 use super::exchange::{Exchange, InFlight};
 use super::weights::{Trunk, TrunkLayer};
@@ -30,10 +32,11 @@ pub(super) struct MicroBatch {
     pub routing: Routing,
     plan: DispatchPlan,
     in_flight: Option<InFlight>,
+    counters: Arc<RunnerCounters>,
 }
 
 impl MicroBatch {
-    pub fn new(compute: &dyn Compute, config: &ModelConfig) -> Result<Self, RunError> {
+    pub fn new(compute: &dyn Compute, config: &ModelConfig, counters: Arc<RunnerCounters>) -> Result<Self, RunError> {
         let dtype = compute.dtype();
         Ok(Self {
             rows: 0..0,
@@ -48,6 +51,7 @@ impl MicroBatch {
             routing: Routing::default(),
             plan: DispatchPlan::default(),
             in_flight: None,
+            counters,
         })
     }
 
@@ -75,17 +79,22 @@ impl MicroBatch {
         let (q, kv_width) = (config.heads * config.head_dim, config.kv_heads * config.head_dim);
         let stride = q + 2 * kv_width;
         let rows = &step.rows[self.rows.clone()];
+        let profile = &self.counters.profile;
 
         compute.rms_norm(&self.residual, &weights.input_norm, config.rms_eps, self.normed.as_rows_mut());
+        profile.lap(StepPart::Norm);
         self.qkv.resize(rows.len() * stride, 0.0);
         compute.linear(&weights.qkv, self.normed.as_rows(), &mut self.qkv);
+        profile.lap_with(StepPart::Qkv, linear_work(&weights.qkv, rows.len()));
         shape_qkv(compute, config, weights, &mut self.qkv, stride);
+        profile.lap(StepPart::Norm);
         compute.rotate(&mut self.qkv, stride, 0, config.heads, &self.positions, &trunk.rope);
         compute.rotate(&mut self.qkv, stride, q, config.kv_heads, &self.positions, &trunk.rope);
         for (row, qkv) in rows.iter().zip(self.qkv.chunks_exact(stride)) {
             let (page, slot) = place(step, row);
             compute.kv_write(kv, layer, page, slot, &qkv[q..q + kv_width], &qkv[q + kv_width..]);
         }
+        profile.lap(StepPart::RopeKv);
 
         let queries: Vec<QueryRow<'_>> = rows
             .iter()
@@ -94,6 +103,7 @@ impl MicroBatch {
         let scale = 1.0 / (config.head_dim as f32).sqrt();
         let shape = AttentionShape { heads: config.heads, scale, window: config.sliding_window };
         compute.attention(kv, layer, &self.qkv, stride, &queries, shape, self.mixed.as_rows_mut());
+        profile.lap(StepPart::Attention);
 
         self.out.resize(rows.len() * config.hidden, 0.0);
         compute.linear(&weights.out, self.mixed.as_rows(), &mut self.out);
@@ -101,7 +111,9 @@ impl MicroBatch {
         for (r, o) in self.residual.iter_mut().zip(&self.out) {
             *r += o;
         }
+        profile.lap_with(StepPart::Out, linear_work(&weights.out, rows.len()));
         compute.rms_norm(&self.residual, &weights.post_norm, config.rms_eps, self.normed.as_rows_mut());
+        profile.lap(StepPart::Norm);
     }
 
     /// A dense layer's feed-forward network, into the residual stream.
@@ -113,6 +125,7 @@ impl MicroBatch {
         let terms: Vec<Term<'_>> =
             self.ffn_out.as_rows().bytes.chunks_exact(row_bytes).map(|row| Term { weight: 1.0, row }).collect();
         compute.combine(&mut self.residual, self.ffn_out.cols(), 1, &terms);
+        self.counters.profile.lap_with(StepPart::Dense, ffn_work(ffn, self.rows.len()));
     }
 
     /// Chooses experts and sends the rows to the nodes that hold them.
@@ -129,10 +142,12 @@ impl MicroBatch {
         compute.linear(gate, self.normed.as_rows(), &mut self.logits);
         let routed = self.routing.softmax_top_k(&self.logits, config.moe.experts, config.gate);
         routed.map_err(|error| RunError::Routing { layer, error })?;
+        self.counters.profile.lap(StepPart::Gate);
         let view = exchange.serving().cloned().ok_or(RunError::NotServing)?;
         let planned = self.plan.rebuild(&self.routing, &view, layer, |_, _, holders| holders[0]);
         planned.map_err(|error| RunError::Routing { layer, error })?;
         self.in_flight = Some(exchange.dispatch(&view, layer, &self.plan, self.normed.as_rows())?);
+        self.counters.profile.lap(StepPart::Dispatch);
         Ok(())
     }
 
@@ -140,12 +155,14 @@ impl MicroBatch {
     pub fn combine(&mut self, compute: &dyn Compute, cols: usize, exchange: &mut Exchange) -> Result<(), RunError> {
         let Some(in_flight) = self.in_flight.take() else { return Ok(()) };
         exchange.wait(&in_flight)?;
+        self.counters.profile.lap(StepPart::Wait);
         let terms: Vec<Term<'_>> = (0..self.plan.rows())
             .flat_map(|row| self.plan.contributions(row))
             .map(|c| Term { weight: c.weight, row: exchange.row(&in_flight, c.source) })
             .collect();
         compute.combine(&mut self.residual, cols, self.routing.k(), &terms);
         exchange.end(in_flight);
+        self.counters.profile.lap(StepPart::Combine);
         Ok(())
     }
 }

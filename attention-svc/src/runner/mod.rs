@@ -11,7 +11,7 @@ mod forward;
 mod tests;
 mod weights;
 
-pub use counters::{RunnerCounters, RunnerReading};
+pub use counters::{RunnerCounters, RunnerReading, StepPart};
 pub use error::RunError;
 pub use exchange::ExchangeLimits;
 pub use weights::Trunk;
@@ -128,7 +128,7 @@ impl Runner {
             connect_max: options.connect_max,
             body_bytes_max: options.body_bytes_max,
         };
-        let batches = (0..options.micro_batches).map(|_| MicroBatch::new(compute.as_ref(), config));
+        let batches = (0..options.micro_batches).map(|_| MicroBatch::new(compute.as_ref(), config, counters.clone()));
         Ok(Self {
             kv: compute.kv_cache(shape),
             batches: batches.collect::<Result<_, _>>()?,
@@ -152,23 +152,28 @@ impl Runner {
     /// [`RunError`]; what the step wrote to the KV cache is then to be dropped, the runner itself is as before.
     pub fn step(&mut self, step: &Step<'_>) -> Result<StepOutput, RunError> {
         // What arrived since the last step: closed channels above all.
-        self.exchange.pump()?;
+        let pumped = self.exchange.pump();
+        self.counters.profile.lap(StepPart::Wait);
+        pumped?;
         if self.exchange.serving().is_none() {
             return Err(RunError::NotServing);
         }
         let output = self.run(step);
         if output.is_err() {
+            // A step fails for want of an answer: what it took since the last lap, it waited.
+            self.counters.profile.lap(StepPart::Wait);
             self.exchange.abandon_lanes();
         }
         output
     }
 
     fn run(&mut self, step: &Step<'_>) -> Result<StepOutput, RunError> {
-        let Self { trunk, compute, kv, exchange, batches, options, .. } = self;
+        let Self { trunk, compute, kv, exchange, batches, options, counters, .. } = self;
         let (trunk, compute) = (&*trunk, compute.as_ref());
         let hidden = trunk.config().hidden;
         let mut output = StepOutput::default();
         let used = cut(batches, options, trunk, step)?;
+        counters.profile.lap(StepPart::Embed);
         let batches = &mut batches[..used];
         for (layer, weights) in trunk.layers.iter().enumerate() {
             let id = LayerId(layer as u16);
@@ -193,7 +198,7 @@ impl Runner {
         for batch in &mut *batches {
             batch.combine(compute, hidden, exchange)?;
         }
-        output.logits = head(compute, trunk, step, batches)?;
+        output.logits = head(compute, trunk, step, batches, counters)?;
         Ok(output)
     }
 
@@ -264,7 +269,13 @@ fn cut(batches: &mut [MicroBatch], options: &RunnerOptions, trunk: &Trunk, step:
 }
 
 /// Final norm and output head of the rows whose logits are wanted.
-fn head(compute: &dyn Compute, trunk: &Trunk, step: &Step<'_>, batches: &[MicroBatch]) -> Result<Vec<f32>, RunError> {
+fn head(
+    compute: &dyn Compute,
+    trunk: &Trunk,
+    step: &Step<'_>,
+    batches: &[MicroBatch],
+    counters: &RunnerCounters,
+) -> Result<Vec<f32>, RunError> {
     let config = trunk.config();
     let mut wanted: Vec<f32> = Vec::new();
     for batch in batches {
@@ -274,7 +285,9 @@ fn head(compute: &dyn Compute, trunk: &Trunk, step: &Step<'_>, batches: &[MicroB
     let rows = wanted.len() / config.hidden;
     let mut normed = RowBuf::new(compute.dtype(), rows, config.hidden)?;
     compute.rms_norm(&wanted, &trunk.final_norm, config.rms_eps, normed.as_rows_mut());
+    counters.profile.lap(StepPart::Norm);
     let mut logits = vec![0.0; rows * config.vocab];
     compute.linear(&trunk.head, normed.as_rows(), &mut logits);
+    counters.profile.lap_with(StepPart::Head, counters::linear_work(&trunk.head, rows));
     Ok(logits)
 }

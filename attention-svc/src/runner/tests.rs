@@ -3,6 +3,7 @@
 use std::collections::VecDeque;
 use std::path::PathBuf;
 
+use super::counters::linear_work;
 use super::*;
 use mesh_core::placement::Placement;
 use mesh_core::view::Member;
@@ -286,4 +287,38 @@ fn only_the_prepared_view_can_be_committed() {
     let mut rig = rig(fixture("tiny-moe"), Dtype::F32, 1, 1 << 20);
     assert!(matches!(rig.runner.commit_view(ViewId(4)), Err(RunError::NotPrepared { prepared: None, .. })));
     assert!(rig.runner.serving());
+}
+
+#[test]
+fn the_parts_of_steps_are_nearly_all_of_their_time_and_their_work_is_what_was_computed() {
+    let mut rig = rig(fixture("tiny-moe"), Dtype::Bf16, 3, 1 << 20);
+    let counters = rig.runner.counters();
+    let ids: Vec<u32> = (0..200).map(|i| (i * 37 + 11) % 2000).collect();
+    let began = Instant::now();
+    counters.profile.start();
+    last_logits(&mut rig.runner, &ids, 40);
+    counters.profile.stop(StepPart::Sample);
+    let whole = began.elapsed().as_nanos() as f64;
+
+    let mut load = mesh_proto::v1::NodeLoad::default();
+    counters.profile.report(&mut load);
+    let part = |part: StepPart| &load.parts[part as usize];
+    assert_eq!(
+        (part(StepPart::Attention).part.as_str(), part(StepPart::Sample).part.as_str()),
+        ("attention", "sample")
+    );
+    // The engine's own parts are none of the runner's.
+    let runner: u64 = load.parts.iter().map(|p| p.ns).sum::<u64>() - part(StepPart::Sample).ns;
+    let share = runner as f64 / whole;
+    assert!((0.8..=1.01).contains(&share), "{share} of {whole} ns: {load:?}");
+    for busy in [StepPart::Norm, StepPart::Qkv, StepPart::Attention, StepPart::Dispatch, StepPart::Combine] {
+        assert!(part(busy).ns > 0, "{busy:?}: {load:?}");
+    }
+    let (trunk, layers) = (&rig.runner.trunk, rig.runner.config().layers.len() as u64);
+    let qkv = linear_work(&trunk.layers[0].qkv, 200);
+    assert_eq!(part(StepPart::Qkv).flops, layers * qkv.flops);
+    // Five steps of 40 rows in three micro-batches, each of which reads the weights again.
+    assert_eq!(part(StepPart::Qkv).weight_bytes, layers * 15 * qkv.weight_bytes);
+    let head = linear_work(&trunk.head, 1);
+    assert_eq!((part(StepPart::Head).flops, part(StepPart::Head).weight_bytes), (head.flops, head.weight_bytes));
 }

@@ -1,6 +1,7 @@
 //! Rows of many frames as groups by expert: references into the received bodies and into the answers, no copies.
 
 use mesh_kernels::{Compute, FfnGroup};
+use mesh_service::profile;
 
 use super::Work;
 
@@ -18,10 +19,10 @@ impl Grouping {
         Self { group_of: vec![NONE; experts] }
     }
 
-    /// Computes every pair of every frame into its place in its answer.
+    /// Computes every pair of every frame into its place in its answer; gives how much that was.
     ///
     /// An expert that several frames want is one group, whichever view each names: the expert is the same.
-    pub fn run(&mut self, work: &mut [Work], row_bytes: usize, compute: &dyn Compute) {
+    pub fn run(&mut self, work: &mut [Work], row_bytes: usize, compute: &dyn Compute) -> profile::Work {
         let mut groups: Vec<FfnGroup<'_>> = Vec::new();
         let mut used: Vec<u32> = Vec::new();
         for Work { frame, checked, answer } in work.iter_mut() {
@@ -40,8 +41,17 @@ impl Grouping {
             }
         }
         compute.ffn(&mut groups);
+        let done = amount(&groups);
         for index in used {
             self.group_of[index as usize] = NONE;
         }
+        done
     }
+}
+
+/// Three products of hidden by intermediate for each pair, and each expert's weights once.
+fn amount(groups: &[FfnGroup<'_>]) -> profile::Work {
+    let products: usize = groups.iter().map(|g| g.x.len() * 3 * g.weights.hidden() * g.weights.intermediate()).sum();
+    let weight_bytes: usize = groups.iter().map(|g| g.weights.bytes()).sum();
+    profile::Work { flops: 2 * products as u64, weight_bytes: weight_bytes as u64 }
 }

@@ -27,7 +27,7 @@ use mesh_transport::frame::{AbortReason, FrameHeader, Kind};
 use mesh_transport::{ChannelId, Event, Identity, Transport, TransportError, Wake};
 
 use crate::config::EngineLimits;
-use crate::counters::{Counters, Refusal};
+use crate::counters::{Counters, Refusal, TurnPart};
 use crate::error::ExpertError;
 use crate::table::{ExpertShape, Standing, Tables};
 use check::{Checked, Verdict};
@@ -128,7 +128,9 @@ impl Engine {
 
     fn run(mut self) {
         while !self.stop.load(Ordering::Acquire) {
+            self.parts.counters.profile.start();
             let until = self.turn(Instant::now());
+            self.parts.counters.profile.stop(TurnPart::Receive);
             if let Some(until) = until {
                 self.parts.transport.wait(until);
             }
@@ -254,7 +256,9 @@ impl Engine {
 
     fn compute_and_send(&mut self, mut work: Vec<Work>) {
         let row_bytes = self.parts.shape.row_bytes;
-        self.grouping.run(&mut work, row_bytes, self.parts.compute.as_ref());
+        self.parts.counters.profile.lap(TurnPart::Receive);
+        let done = self.grouping.run(&mut work, row_bytes, self.parts.compute.as_ref());
+        self.parts.counters.profile.lap_with(TurnPart::Ffn, done);
         self.parts.counters.round();
         for Work { frame: Pending { channel, header, body, received }, answer, .. } in work {
             // The request's room in the window comes first: what is sent next may need it.
@@ -266,6 +270,7 @@ impl Engine {
                 Err(error) => self.lost(channel, &error),
             }
         }
+        self.parts.counters.profile.lap(TurnPart::Answer);
     }
 
     fn refuse(&mut self, channel: ChannelId, header: &FrameHeader, why: Refusal) {

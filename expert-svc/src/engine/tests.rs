@@ -36,6 +36,13 @@ fn every_pair_is_answered_in_order_with_what_its_expert_says_to_its_row() {
     assert_eq!((load.rows, load.pairs, load.frames_received, load.frames_sent), (3, 5, 1, 1));
     assert_eq!((load.dispatch_bytes, load.combine_bytes), (3 * ROW as u64, 5 * ROW as u64));
     assert_eq!(load.experts_held, 16);
+    let table = rig.engine.parts.tables.served().current.unwrap();
+    let expert = |e| table.get(rig.engine.parts.shape.index(LayerId(2), ExpertId(e)).unwrap()).unwrap();
+    let pair_flops = 2 * 3 * (expert(0).hidden() * expert(0).intermediate()) as u64;
+    let [receive, ffn, answer] = &load.parts[..] else { panic!("{load:?}") };
+    assert_eq!((ffn.part.as_str(), ffn.flops), ("ffn", 5 * pair_flops));
+    assert_eq!(ffn.weight_bytes, 4 * expert(0).bytes() as u64, "an expert that two rows want is gone through once");
+    assert!(ffn.ns > 0 && answer.ns > 0 && receive.flops + answer.flops == 0, "{load:?}");
 }
 
 #[test]
@@ -324,6 +331,7 @@ fn frames_are_held_for_others_no_longer_than_allowed() {
 #[test]
 fn on_its_own_thread_it_wakes_for_frames_and_stops_when_told() {
     let Rig { hub, addr, engine, views, runtime, .. } = Rig::serving();
+    let counters = engine.parts.counters.clone();
     let (ended, told) = std::sync::mpsc::channel();
     let handle = engine.spawn(move || ended.send(()).unwrap()).unwrap();
     let mut transport = LocalTransport::client(hub, window(), credentials(Role::Attention, Slot(0)));
@@ -341,4 +349,7 @@ fn on_its_own_thread_it_wakes_for_frames_and_stops_when_told() {
     assert!(matches!(&events[..], [Event::Frame { header, .. }] if header.kind == frame::Kind::Combine), "{events:?}");
     handle.stop().unwrap();
     told.recv_timeout(Duration::from_secs(30)).unwrap();
+    let load = counters.load(0);
+    let parts: u64 = load.parts.iter().map(|p| p.ns).sum();
+    assert!(parts > 0 && parts == load.busy_ns && load.busy_ns < load.uptime_ns, "{load:?}");
 }

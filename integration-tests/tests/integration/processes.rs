@@ -187,6 +187,33 @@ async fn status_and_doctor_answer_in_words_and_in_json() {
     assert!(code == 0 && words.contains("simd:") && words.contains("ucx:"), "{words}");
 }
 
+#[tokio::test]
+async fn bench_tells_where_the_time_of_every_node_went() {
+    let mesh = Mesh::builder().attention(1).experts(2).dtype(Dtype::F32).transport(Transport::Tcp).start().await;
+    let load = ["--concurrency", "2", "--requests", "8", "--warmup", "1", "--output-tokens", "24"];
+    let (code, json, table) =
+        meshctl(&[&["bench", "--grpc", mesh.grpc(), "--profile", "--json", "-"][..], &load].concat()).await;
+    assert_eq!(code, 0, "{table}");
+    let json: Value = serde_json::from_str(&json).expect("one JSON object");
+    let point = &json["points"][0];
+    assert_eq!(point["mesh"]["settled"], true, "{point}");
+    let number = |of: &Value, field: &str| of[field].as_f64().unwrap_or_else(|| panic!("no {field} in {of}"));
+    let nodes = point["profile"]["nodes"].as_array().expect("nodes");
+    assert_eq!(nodes.len(), 3, "{point}");
+    for node in nodes {
+        let parts = node["parts"].as_array().expect("parts");
+        let sum: f64 = parts.iter().map(|part| number(part, "seconds")).sum();
+        let (busy, wall) = (number(node, "busy_s"), number(node, "wall_s"));
+        assert!(sum >= 0.8 * busy && sum <= 1.01 * busy && busy > 0.0 && busy <= wall, "{node}");
+        let rated = if node["name"] == "attention-0" { "qkv" } else { "ffn" };
+        let rated = parts.iter().find(|part| part["part"] == rated).expect("a part with matrix products");
+        assert!(number(rated, "gflop_per_s") > 0.0 && number(rated, "weights_gb_per_s") > 0.0, "{rated}");
+    }
+    for words in ["1 attention node", "2 expert nodes", "rope+kv", "expert-1: idle"] {
+        assert!(table.contains(words), "`{words}` in:\n{table}");
+    }
+}
+
 /// User and system time that a process has taken, in clock ticks.
 fn cpu_ticks(pid: u32) -> u64 {
     let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).expect("the process runs");

@@ -69,6 +69,9 @@ pub struct BenchArgs {
     /// Goodput counts requests whose mean time for each further token is within this.
     #[arg(long, value_name = "MS", value_parser = positive)]
     pub slo_tpot_ms: Option<f64>,
+    /// Show where each node's time went: the share, the time a step and the rates of every part of its work.
+    #[arg(long)]
+    pub profile: bool,
     /// Write everything measured as JSON; `-` for stdout, which moves the table to stderr.
     #[arg(long, value_name = "FILE")]
     pub json: Option<PathBuf>,

@@ -9,7 +9,7 @@ use mesh_proto::v1::generate_request::Prompt;
 use mesh_proto::v1::generate_response::Event;
 use mesh_proto::v1::mesh_server::{Mesh, MeshServer};
 use mesh_proto::v1::{
-    Finished, GenerateRequest, GenerateResponse, ModelInfo, NodeLoad, NodeStatus, Started, StatusRequest,
+    Finished, GenerateRequest, GenerateResponse, ModelInfo, NodeLoad, NodeStatus, PartLoad, Started, StatusRequest,
     StatusResponse, Token, Tokens,
 };
 use mesh_proto::{Code, MeshError};
@@ -148,7 +148,10 @@ impl Mesh for Fake {
     }
 
     async fn status(&self, _: Request<StatusRequest>) -> Result<Response<StatusResponse>, Status> {
-        let load = NodeLoad { tokens: self.tokens.load(Ordering::Relaxed), ..NodeLoad::default() };
+        let tokens = self.tokens.load(Ordering::Relaxed);
+        // Each token is a step, of 2 us and 6,000 operations.
+        let part = PartLoad { part: "qkv".to_owned(), ns: tokens * 2000, flops: tokens * 6000, weight_bytes: 0 };
+        let load = NodeLoad { tokens, steps: tokens, parts: vec![part], ..NodeLoad::default() };
         let node = NodeStatus { role: "attention".to_owned(), load: Some(load), ..NodeStatus::default() };
         Ok(Response::new(StatusResponse {
             serving: true,

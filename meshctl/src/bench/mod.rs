@@ -6,7 +6,7 @@
 //! - [`drive`]: sends it, in a closed or an open loop
 //! - [`record`]: what is kept of each request
 //! - [`stats`]: percentiles, exact or by histogram
-//! - [`counters`], [`host`]: the mesh's own counters, the machine, processor time
+//! - [`counters`], [`profile`], [`host`]: the mesh's own counters, where its time went, the machine, processor time
 //! - [`report`]: the results and their JSON; [`table`], [`chart`], [`svg`]: their other forms
 //! - [`error`]: why it cannot start
 
@@ -19,6 +19,7 @@ pub mod drive;
 pub mod error;
 pub mod host;
 pub mod lengths;
+pub mod profile;
 pub mod random;
 pub mod record;
 pub mod report;
@@ -45,6 +46,7 @@ use counters::Counters;
 use drive::{EndedBy, Point, Pool};
 pub use error::BenchError;
 use host::{Machine, MeshProcesses};
+use profile::Profile;
 use record::{Failure, Recorder};
 use report::{Cpu, PointReport, Report};
 use workload::Workload;
@@ -184,7 +186,10 @@ impl Bench {
         report.cpu = Cpu::between([own_before, own_after], &mesh_before, &mesh_after);
         let after = self.settled(signals).await;
         let both = before.zip(after);
-        report.mesh = both.map(|((before, _), (after, settled))| Counters::between(&before, &after, settled));
+        if let Some(((before, _), (after, settled))) = &both {
+            report.mesh = Some(Counters::between(before, after, *settled));
+            report.profile = Some(Profile::between(before, after, report.elapsed_s));
+        }
         Ok(Some(report))
     }
 

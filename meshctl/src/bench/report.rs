@@ -12,6 +12,7 @@ use super::counters::Counters;
 use super::dataset::Skipped;
 use super::drive::EndedBy;
 use super::host::Machine;
+use super::profile::Profile;
 use super::record::{Errors, Kept, Record};
 use super::stats::Summary;
 use super::workload::OUTPUT_DEFAULT;
@@ -130,6 +131,8 @@ pub struct PointReport {
     pub goodput: Option<Goodput>,
     /// The mesh's own counters; absent when it could not be asked any more.
     pub mesh: Option<Counters>,
+    /// Where the nodes' time went; absent when the mesh could not be asked any more.
+    pub profile: Option<Profile>,
     /// Processor time.
     pub cpu: Cpu,
     /// Every request, when asked for.
@@ -186,6 +189,7 @@ impl PointReport {
             latency_ms,
             goodput: slo.is_set().then_some(goodput),
             mesh: None,
+            profile: None,
             cpu: Cpu::default(),
             per_request: per_request.then(|| records.iter().map(record_json).collect()),
         }

@@ -4,6 +4,7 @@ use std::fmt::Write;
 
 use super::args::Load;
 use super::drive::EndedBy;
+use super::profile::Profile;
 use super::report::{PointReport, Report};
 use super::stats::Summary;
 
@@ -26,6 +27,9 @@ pub fn to_text(report: &Report) -> String {
     for point in &report.points {
         text.push('\n');
         block(&mut text, point);
+        if report.args.profile {
+            profile(&mut text, point);
+        }
     }
     if report.points.len() > 1 {
         text.push('\n');
@@ -109,6 +113,13 @@ fn mesh(text: &mut String, point: &PointReport) {
             let _ = write!(words, ", {count} refused ({reason})");
         }
         line!(text, "               {words}");
+    }
+}
+
+fn profile(text: &mut String, point: &PointReport) {
+    match point.profile.as_ref().map(Profile::to_text).filter(|tables| !tables.is_empty()) {
+        Some(tables) => text.push_str(&tables),
+        None => line!(text, "  profile      no node told where its time went"),
     }
 }
 

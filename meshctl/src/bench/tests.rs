@@ -63,6 +63,11 @@ async fn latencies_are_those_of_the_fake() {
     assert!(point.elapsed_s >= 0.9 && point.output_tokens_per_s <= 120.0 / 0.9, "{}", point.elapsed_s);
     let counters = point.mesh.unwrap();
     assert_eq!((counters.requests, counters.roles["attention"].tokens), (20, 120), "warm-up is not in the counters");
+    let profile = &point.profile.unwrap().roles[0];
+    let qkv = &profile.parts[0];
+    assert_eq!((profile.steps, qkv.gflop_per_s), (120, Some(3.0)));
+    assert!((qkv.seconds - 120.0 * 2e-6).abs() < 1e-9, "{qkv:?}");
+    assert!((qkv.share * point.elapsed_s - qkv.seconds).abs() < 1e-9, "{qkv:?} of {} s", point.elapsed_s);
 }
 
 #[tokio::test]
@@ -135,7 +140,7 @@ async fn an_open_loop_offers_its_mean_rate_in_its_duration() {
 async fn a_sweep_has_a_point_for_each_load_and_every_form_of_the_result() {
     let script = Script { first: ms(5), each: ms(1), ..Script::default() };
     let flags = ["--concurrency", "1,2,130", "--requests", "140", "--output-tokens", "2"];
-    let report = bench(script, &flags).await;
+    let mut report = bench(script, &flags).await;
     assert_eq!(report.points.iter().map(PointReport::load).collect::<Vec<_>>(), [1.0, 2.0, 130.0]);
     assert!(report.points.iter().all(|p| p.completed == 140), "more streams than one connection takes");
     let json = report.to_json();
@@ -145,6 +150,13 @@ async fn a_sweep_has_a_point_for_each_load_and_every_form_of_the_result() {
     let table = table::to_text(&report);
     assert!(table.contains("closed loop, 130 streams: 140 of 140 requests complete"), "{table}");
     assert_eq!(table.lines().filter(|l| l.trim_start().starts_with("streams")).count(), 1, "{table}");
+    assert!(!table.contains("profile"), "{table}");
+    assert_eq!(json["points"][2]["profile"]["nodes"][0]["parts"][0]["part"], "qkv");
+    report.args.profile = true;
+    report.points[0].profile = None;
+    let table = table::to_text(&report);
+    assert_eq!(table.matches("profile      1 attention node, 280 steps").count(), 2, "{table}");
+    assert!(table.contains("profile      no node told where its time went"), "{table}");
     let svg = chart::draw(&report);
     assert_eq!(svg.matches("<circle").count(), 3 * (3 * 2 + 1), "{svg}");
 }

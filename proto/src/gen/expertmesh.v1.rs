@@ -284,6 +284,28 @@ pub struct NodeLoad {
     /// Tasks and streams alive in the node's service (attention nodes).
     #[prost(uint32, tag = "17")]
     pub streams_open: u32,
+    /// Age of the node's engine, and what of it the engine was at work; the rest it was idle. Nanoseconds.
+    #[prost(uint64, tag = "18")]
+    pub uptime_ns: u64,
+    #[prost(uint64, tag = "19")]
+    pub busy_ns: u64,
+    /// Where the time at work went, in the order in which a step goes through them. Parts do not overlap.
+    #[prost(message, repeated, tag = "20")]
+    pub parts: ::prost::alloc::vec::Vec<PartLoad>,
+}
+/// One part of an engine's work.
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct PartLoad {
+    #[prost(string, tag = "1")]
+    pub part: ::prost::alloc::string::String,
+    #[prost(uint64, tag = "2")]
+    pub ns: u64,
+    /// Floating-point operations of its matrix products; 0 where it has none, or where other work outweighs them.
+    #[prost(uint64, tag = "3")]
+    pub flops: u64,
+    /// Bytes of packed weights that its matrix products went through.
+    #[prost(uint64, tag = "4")]
+    pub weight_bytes: u64,
 }
 #[derive(Clone, PartialEq, ::prost::Message)]
 pub struct LayerPlacement {
