@@ -1,18 +1,25 @@
 #!/usr/bin/env python3
-"""The mesh beside the engines that people run on one machine: same weights, same threads, same prompts, in turns.
+"""The mesh beside the engines that people run on one machine: same weights, same processors, same prompts, in turns.
 
     compare.py --model DIR [--peers llama.cpp,transformers] [--shapes 1A2E:ucx,1A1E:local] [--rounds 3] [--json FILE]
+    compare.py --model DIR --peers llama.cpp-rpc --shapes 1A4E:ucx
+
+llama.cpp-rpc is llama.cpp with workers of its own in further processes, over loopback, twice: whole layers on the workers, and only the
+routed experts of whole layers. Peers compute with all processors; a mesh's nodes, and the workers, with as many threads as each takes by
+default (--mesh-threads, --rpc-threads).
 
 All engines are loaded at once and take turns in every round, so that a change of the machine's mood meets all of them. Figures
 are medians over the rounds: prefill in tokens a second up to the first token; decode in tokens a second, which is streams over the
 median time between two tokens. Needs requirements.txt, and `cargo build --release --workspace --bins`."""
 
 import argparse
+import contextlib
 import json
 import os
 import pathlib
 import platform
 import signal
+import socket
 import statistics
 import subprocess
 import sys
@@ -23,16 +30,55 @@ HERE = pathlib.Path(__file__).resolve().parent
 ROOT = HERE.parent.parent
 
 
+RPC = "llama.cpp-rpc"
+
+
+def end(process: subprocess.Popen, signal_: int, patience_s: float) -> None:
+    """Ends a process of ours, the hard way if it must be."""
+    process.send_signal(signal_)
+    try:
+        process.wait(timeout=patience_s)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()
+
+
+class RpcWorker:
+    """A worker of llama.cpp-rpc. It ends with this process even where stop() is not reached: its input ends then."""
+
+    def __init__(self, threads: int) -> None:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            self.port = free.getsockname()[1]
+        command = [sys.executable, str(HERE / "rpc_worker.py"), f"127.0.0.1:{self.port}", str(threads)]
+        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL)
+
+    def ready(self) -> str:
+        """Its address, once it listens there."""
+        for _ in range(600):
+            if self.process.poll() is not None:
+                break
+            with contextlib.suppress(ConnectionRefusedError), socket.create_connection(("127.0.0.1", self.port)):
+                return f"127.0.0.1:{self.port}"
+            time.sleep(0.05)
+        sys.exit(f"an RPC worker of llama.cpp does not listen on port {self.port}")
+
+    def stop(self) -> None:
+        end(self.process, signal.SIGTERM, 10)
+
+
 class Peer:
     """An engine of engines.py."""
 
-    def __init__(self, name: str, model: pathlib.Path, threads: int) -> None:
+    def __init__(self, name: str, model: pathlib.Path, threads: int, workers: list[str]) -> None:
         self.name = name
-        command = [sys.executable, str(HERE / "engines.py"), name, str(model), str(threads)]
+        command = [sys.executable, str(HERE / "engines.py"), name, str(model), str(threads), *workers]
         environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
         self.process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
         )
+
+    def ready(self) -> None:
         self.hear()
 
     def hear(self) -> dict:
@@ -56,21 +102,22 @@ class Peer:
         return self.ask(do="greedy", token_ids=ids, steps=steps)["token_ids"]
 
     def stop(self) -> None:
-        self.process.stdin.close()
-        self.process.wait(timeout=30)
+        end(self.process, signal.SIGTERM, 10)
 
 
 class Mesh:
     """A mesh of `meshctl up`, measured by `meshctl bench`."""
 
-    def __init__(self, shape: str, model: pathlib.Path, threads: int, bins: pathlib.Path) -> None:
+    def __init__(self, shape: str, model: pathlib.Path, threads: int | None, bins: pathlib.Path) -> None:
         self.name, self.meshctl = f"mesh {shape}", bins / "meshctl"
         nodes, transport = shape.split(":")
         attention, experts = nodes.rstrip("E").split("A")
         command = [self.meshctl, "up", "--model", model, "--attention", attention, "--experts", experts, "--json"]
         command += ["--transport", transport, "--dtype", "bf16", "--grpc", "127.0.0.1:0", "--log", "warn"]
-        command += ["--threads", str(threads)]
+        command += ["--threads", str(threads)] if threads else []
         self.process = subprocess.Popen([str(word) for word in command], stdout=subprocess.PIPE, text=True)
+
+    def ready(self) -> None:
         line = self.process.stdout.readline()
         if not line:
             sys.exit(f"{self.name} did not start; its message is above")
@@ -97,8 +144,7 @@ class Mesh:
         return json.loads(ran.stdout)["token_ids"]
 
     def stop(self) -> None:
-        self.process.send_signal(signal.SIGINT)
-        self.process.wait(timeout=60)
+        end(self.process, signal.SIGINT, 60)
 
 
 def gguf_of(model: pathlib.Path, folder: pathlib.Path) -> pathlib.Path:
@@ -110,12 +156,77 @@ def gguf_of(model: pathlib.Path, folder: pathlib.Path) -> pathlib.Path:
     return file
 
 
-def main() -> None:
+def start(args: argparse.Namespace, running: contextlib.ExitStack) -> list:
+    """All engines, each ready before the next is started, so that none loads while another packs its weights."""
+    engines: list = []
+
+    def run(engine):
+        running.callback(engine.stop)
+        ready = engine.ready()
+        engines.append(engine)
+        return ready
+
+    for shape in filter(None, args.shapes.split(",")):
+        run(Mesh(shape, args.model, args.mesh_threads, args.bin_dir))
+    for peer in filter(None, args.peers.split(",")):
+        weights = gguf_of(args.model, args.gguf_dir) if peer.startswith("llama.cpp") else args.model
+        for name in [f"{RPC}/layers", f"{RPC}/experts"] if peer == RPC else [peer]:
+            workers = []
+            for _ in range(args.rpc_workers if peer == RPC else 0):
+                worker = RpcWorker(args.rpc_threads)
+                running.callback(worker.stop)
+                workers.append(worker.ready())
+            run(Peer(name, weights, args.threads, workers))
+    return engines
+
+
+def measure(args: argparse.Namespace, engines: list) -> dict:
+    """Figure -> engine -> its values, the first of which is the warm-up's."""
+    figures: dict = {}
+    for round_ in range(args.rounds + 1):
+        for tokens in map(int, args.prefill.split(",")):
+            for engine in engines:
+                value = engine.prefill(tokens, round_)
+                figures.setdefault(f"prefill {tokens}", {}).setdefault(engine.name, []).append(value)
+        for streams in map(int, args.streams.split(",")):
+            for engine in engines:
+                value = engine.decode(streams, args.prompt, args.steps)
+                figures.setdefault(f"decode {streams}", {}).setdefault(engine.name, []).append(value)
+        print(f"round {round_} of {args.rounds} done" + (" (warm-up)" if round_ == 0 else ""), file=sys.stderr)
+    return figures
+
+
+def show(args: argparse.Namespace, names: list[str], medians: dict, greedy: dict) -> None:
+    nodes = f"{args.mesh_threads} threads a node" if args.mesh_threads else "a node's default threads"
+    workers = f", {args.rpc_workers} RPC workers of {args.rpc_threads} threads" if RPC in args.peers else ""
+    print(f"\ntokens/s, medians of {args.rounds} rounds, bf16; mesh: {nodes}; peers: {args.threads} threads{workers}")
+    width = max(map(len, names)) + 3
+    print(f"{'':14}" + "".join(f"{name:>{width}}" for name in names))
+    for figure, by in medians.items():
+        print(f"{figure:14}" + "".join(f"{by[name]:{width}.1f}" for name in names))
+    meshes = [name for name in names if name.startswith("mesh ")]
+    peers = {name: [name] for name in names if name not in meshes}
+    if placements := [name for name in peers if name.startswith(RPC)]:
+        peers[f"the better of {RPC}"] = placements
+    for mesh in meshes:
+        for peer, of in peers.items():
+            ratios = (f"{figure} {by[mesh] / max(by[name] for name in of):.2f}" for figure, by in medians.items())
+            print(f"{mesh} / {peer}: {'  '.join(ratios)}")
+    first = names[0]
+    for name in names[1:]:
+        same = next((at for at, (a, b) in enumerate(zip(greedy[first], greedy[name])) if a != b), len(greedy[first]))
+        print(f"greedy tokens equal to {first}: {name} {same} of {len(greedy[first])}")
+
+
+def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=pathlib.Path, required=True, help="a Qwen3-MoE directory")
-    parser.add_argument("--peers", default="llama.cpp,transformers")
+    parser.add_argument("--peers", default="llama.cpp,transformers", help=f"of llama.cpp, {RPC}, transformers")
     parser.add_argument("--shapes", default="1A2E:ucx", help="meshes, as 1A2E:ucx,1A1E:local")
-    parser.add_argument("--threads", type=int, default=os.cpu_count(), help="of each peer, and of each node of a mesh")
+    parser.add_argument("--threads", type=int, default=os.cpu_count(), help="of each peer; default: all processors")
+    parser.add_argument("--mesh-threads", type=int, help="of each node of a mesh; default: what meshctl gives it")
+    parser.add_argument("--rpc-workers", type=int, default=4, help=f"of {RPC}, for each of its placements")
+    parser.add_argument("--rpc-threads", type=int, default=1, help="of each of these workers")
     parser.add_argument("--streams", default="1,8,32")
     parser.add_argument("--prefill", default="512")
     parser.add_argument("--prompt", type=int, default=16, help="prompt tokens of each decoding stream")
@@ -124,48 +235,19 @@ def main() -> None:
     parser.add_argument("--gguf-dir", type=pathlib.Path, default=pathlib.Path(tempfile.gettempdir()))
     parser.add_argument("--bin-dir", type=pathlib.Path, default=ROOT / "target/release")
     parser.add_argument("--json", type=pathlib.Path)
-    args = parser.parse_args()
+    return parser.parse_args()
 
-    engines: list = []
-    try:
-        for shape in filter(None, args.shapes.split(",")):
-            engines.append(Mesh(shape, args.model, args.threads, args.bin_dir))
-        for name in filter(None, args.peers.split(",")):
-            weights = gguf_of(args.model, args.gguf_dir) if name == "llama.cpp" else args.model
-            engines.append(Peer(name, weights, args.threads))
-        figures: dict = {}
-        for round_ in range(args.rounds + 1):
-            for engine in engines:
-                for tokens in map(int, args.prefill.split(",")):
-                    figures.setdefault(f"prefill {tokens}", {}).setdefault(engine.name, []).append(
-                        engine.prefill(tokens, round_)
-                    )
-            for streams in map(int, args.streams.split(",")):
-                for engine in engines:
-                    figures.setdefault(f"decode {streams}", {}).setdefault(engine.name, []).append(
-                        engine.decode(streams, args.prompt, args.steps)
-                    )
-            print(f"round {round_} of {args.rounds} done" + (" (warm-up)" if round_ == 0 else ""), file=sys.stderr)
+
+def main() -> None:
+    args = parse()
+    # Ends as on any other failure, so that nothing stays behind.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("terminated"))
+    with contextlib.ExitStack() as running:
+        engines = start(args, running)
+        figures = measure(args, engines)
         greedy = {engine.name: engine.greedy([57, 280, 718], 15) for engine in engines}
-    finally:
-        for engine in engines:
-            engine.stop()
-
     medians = {figure: {name: statistics.median(v[1:]) for name, v in by.items()} for figure, by in figures.items()}
-    names = [engine.name for engine in engines]
-    meshes = [name for name in names if name.startswith("mesh ")]
-    print(f"\ntokens/s, medians of {args.rounds} rounds; {args.threads} threads, bf16")
-    print(f"{'':14}" + "".join(f"{name:>18}" for name in names))
-    for figure, by in medians.items():
-        print(f"{figure:14}" + "".join(f"{by[name]:18.1f}" for name in names))
-    for mesh in meshes:
-        for peer in (name for name in names if name not in meshes):
-            ratios = "  ".join(f"{figure} {by[mesh] / by[peer]:.2f}" for figure, by in medians.items())
-            print(f"{mesh} / {peer}: {ratios}")
-    first = names[0]
-    for name in names[1:]:
-        same = next((at for at, (a, b) in enumerate(zip(greedy[first], greedy[name])) if a != b), len(greedy[first]))
-        print(f"greedy tokens equal to {first}: {name} {same} of {len(greedy[first])}")
+    show(args, [engine.name for engine in engines], medians, greedy)
     if args.json:
         commit = subprocess.run(["git", "-C", ROOT, "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip()
         machine = {"cpus": os.cpu_count(), "platform": platform.platform()}

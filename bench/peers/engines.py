@@ -1,6 +1,6 @@
-"""One single-process engine in a process of its own: engines.py llama.cpp|transformers MODEL THREADS, then one JSON order per
-line of input ({"do":"prefill","tokens":N}, {"do":"decode","streams":S,"prompt":N,"steps":K}, {"do":"greedy",...}), one JSON
-answer per line of output. Times are seconds; a step makes one token of each stream."""
+"""One engine in a process of its own: engines.py NAME MODEL THREADS [RPC WORKERS as HOST:PORT...], then one JSON order per line of
+input ({"do":"prefill","tokens":N}, {"do":"decode","streams":S,"prompt":N,"steps":K}, {"do":"greedy",...}), one JSON answer per line
+of output. Times are seconds; a step makes one token of each stream."""
 
 import ctypes
 import json
@@ -8,7 +8,15 @@ import random
 import sys
 import time
 
+from rpc_worker import library
+
 STREAMS_MAX = 64
+ERROR = 4  # ggml_log_level
+
+
+def say_errors(level: int, text: bytes, _) -> None:
+    if level == ERROR:
+        print(text.decode(errors="replace").rstrip(), file=sys.stderr)
 
 
 def prompt(tokens: int, vocab: int, seed: int) -> list[int]:
@@ -23,11 +31,12 @@ class Llama:
         import llama_cpp
 
         self.c = llama_cpp
-        quiet = llama_cpp.llama_log_callback(lambda *_: None)
-        self.quiet = quiet
-        llama_cpp.llama_log_set(quiet, ctypes.c_void_p(0))
+        self.log = llama_cpp.llama_log_callback(say_errors)
+        llama_cpp.llama_log_set(self.log, ctypes.c_void_p(0))
         llama_cpp.llama_backend_init()
-        self.model = llama_cpp.llama_model_load_from_file(model.encode(), llama_cpp.llama_model_default_params())
+        params = llama_cpp.llama_model_default_params()
+        self.place(params)
+        self.model = llama_cpp.llama_model_load_from_file(model.encode(), params)
         if not self.model:
             sys.exit(f"llama.cpp cannot load {model}")
         params = llama_cpp.llama_context_default_params()
@@ -41,6 +50,9 @@ class Llama:
             sys.exit("llama.cpp cannot make a context")
         self.vocab = llama_cpp.llama_vocab_n_tokens(llama_cpp.llama_model_get_vocab(self.model))
         self.batch = llama_cpp.llama_batch_init(512, 0, 1)
+
+    def place(self, params) -> None:
+        """Says where the weights go."""
 
     def forget(self) -> None:
         self.c.llama_memory_clear(self.c.llama_get_memory(self.context), True)
@@ -83,6 +95,53 @@ class Llama:
         return times, made
 
 
+class BufferRule(ctypes.Structure):
+    """llama_model_tensor_buft_override: tensors of this name pattern live in this kind of buffer. A zeroed one ends a list."""
+
+    _fields_ = [("pattern", ctypes.c_char_p), ("buffers", ctypes.c_void_p)]
+
+
+def layers_of(model: str) -> int:
+    import gguf
+
+    fields = gguf.GGUFReader(model).fields
+    return next(int(field.parts[field.data[0]][0]) for name, field in fields.items() if name.endswith(".block_count"))
+
+
+class LlamaRpc(Llama):
+    """llama.cpp with RPC workers, which hold whole layers, or only the routed experts of whole layers: it splits no layer."""
+
+    def __init__(self, model: str, threads: int, workers: list[str], experts_only: bool) -> None:
+        self.file, self.workers, self.experts_only = model, workers, experts_only
+        super().__init__(model, threads)
+
+    def place(self, params) -> None:
+        base, rpc = library("ggml-base"), library("ggml-rpc")
+        rpc.ggml_backend_rpc_add_server.restype = ctypes.c_void_p
+        base.ggml_backend_reg_dev_get.restype = base.ggml_backend_dev_buffer_type.restype = ctypes.c_void_p
+        devices = []
+        for worker in self.workers:
+            registry = rpc.ggml_backend_rpc_add_server(worker.encode())
+            if not registry:
+                sys.exit(f"llama.cpp cannot use the RPC worker {worker}")
+            devices.append(base.ggml_backend_reg_dev_get(ctypes.c_void_p(registry), ctypes.c_size_t(0)))
+        self.devices = (ctypes.c_void_p * (len(devices) + 1))(*devices, None)
+        params.devices = ctypes.addressof(self.devices)
+        if not self.experts_only:
+            params.n_gpu_layers = -1
+            self.shares = (ctypes.c_float * self.c.llama_max_devices())(*[1.0] * len(devices))
+            params.tensor_split = self.shares
+            return
+        params.n_gpu_layers = 0
+        rules, layers = [], layers_of(self.file)
+        for at, device in enumerate(devices):
+            mine = "|".join(str(layer) for layer in range(layers) if layer * len(devices) // layers == at)
+            buffers = base.ggml_backend_dev_buffer_type(ctypes.c_void_p(device))
+            rules.append(BufferRule(f"blk\\.({mine})\\.ffn_.*_exps".encode(), buffers))
+        self.rules = (BufferRule * (len(rules) + 1))(*rules)
+        params.tensor_buft_overrides = ctypes.addressof(self.rules)
+
+
 class Transformers:
     """Hugging Face transformers, its eager forward pass with its own cache."""
 
@@ -116,8 +175,14 @@ class Transformers:
 
 
 def main() -> None:
-    name, model, threads = sys.argv[1], sys.argv[2], int(sys.argv[3])
-    engine = {"llama.cpp": Llama, "transformers": Transformers}[name](model, threads)
+    name, model, threads, workers = sys.argv[1], sys.argv[2], int(sys.argv[3]), sys.argv[4:]
+    if name == "llama.cpp":
+        engine = Llama(model, threads)
+    elif name == "transformers":
+        engine = Transformers(model, threads)
+    else:
+        experts_only = {"llama.cpp-rpc/layers": False, "llama.cpp-rpc/experts": True}[name]
+        engine = LlamaRpc(model, threads, workers, experts_only)
     print(json.dumps({"ready": name}), flush=True)
     for line in sys.stdin:
         order = json.loads(line)
