@@ -78,6 +78,9 @@ pub struct BenchArgs {
     /// Draw latency over rate (or over streams, in a closed loop).
     #[arg(long, value_name = "FILE")]
     pub svg: Option<PathBuf>,
+    /// The kernels of this machine instead of a mesh.
+    #[command(flatten)]
+    pub kernels: super::kernels::KernelsArgs,
 }
 
 /// Requests a second.

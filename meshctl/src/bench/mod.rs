@@ -8,6 +8,7 @@
 //! - [`stats`]: percentiles, exact or by histogram
 //! - [`counters`], [`host`]: the mesh's own counters, the machine, processor time
 //! - [`report`]: the results and their JSON; [`table`], [`chart`], [`svg`]: their other forms
+//! - [`kernels`]: `--kernels`, which another program does
 //! - [`error`]: why it cannot start
 
 pub mod args;
@@ -18,6 +19,7 @@ pub mod dataset;
 pub mod drive;
 pub mod error;
 pub mod host;
+pub mod kernels;
 pub mod lengths;
 pub mod random;
 pub mod record;
@@ -64,6 +66,9 @@ const WARMUP_POINT: u64 = u64::MAX;
 /// # Errors
 /// [`CliError`] when it cannot start or its results cannot be written. What fails during the load is counted.
 pub async fn run(args: BenchArgs) -> Result<Exit, CliError> {
+    if args.kernels.kernels {
+        match kernels::become_kernel_bench(&args)? {}
+    }
     let report = measure(args, &mut StopSignals::watch()?).await?;
     write(&report)?;
     Ok(exit(&report))
