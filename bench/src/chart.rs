@@ -1,4 +1,4 @@
-//! Small multiples as SVG: panels with logarithmic axes, a line for each series, every value told beside its point, in
+//! Small multiples as SVG: panels with logarithmic axes, a line for each series, every value told above its point, in
 //! colours that are read on light and on dark.
 
 use std::fmt::Write as _;
@@ -35,7 +35,8 @@ const COLUMNS: usize = 2;
 const HEAD: f64 = 58.0;
 /// Classes of the style: one for each series of a panel.
 const COLOURS: usize = 3;
-/// Pixels between values that would cover each other.
+/// Between a point and its value, and between values above each other.
+const LABEL_GAP: f64 = 7.0;
 const LABEL_H: f64 = 11.0;
 
 /// Colours by what the reader's page is, so that the picture needs no background of its own.
@@ -150,29 +151,46 @@ fn draw(svg: &mut String, panel: &Panel) {
     if ys.is_empty() {
         line!(svg, r#"<text class="soft" x="{middle}" y="150" text-anchor="middle">nothing measured</text>"#);
     }
-    let mut taken: Vec<(f64, f64)> = Vec::new();
+    let mut all = Vec::new();
     for (i, series) in panel.series.iter().enumerate() {
-        let points: Vec<(f64, f64, f64)> = drawn(series).map(|(x, y)| (px(x), py(y), y)).collect();
-        curve(svg, i % COLOURS, &points, &mut taken);
+        let colour = i % COLOURS;
+        let points: Vec<Point> =
+            drawn(series).map(|(x, value)| Point { x: px(x), y: py(value), value, colour }).collect();
+        curve(svg, colour, &points);
+        all.extend(points);
     }
+    labels(svg, all);
     legend(svg, &panel.series);
 }
 
-/// A line, its points, and their values, each moved up until it covers no other.
-fn curve(svg: &mut String, colour: usize, points: &[(f64, f64, f64)], taken: &mut Vec<(f64, f64)>) {
-    let path: Vec<String> = points.iter().map(|(x, y, _)| format!("{x:.1} {y:.1}")).collect();
+/// Where a measured value lies.
+#[derive(Clone, Copy, Debug)]
+struct Point {
+    x: f64,
+    y: f64,
+    value: f64,
+    colour: usize,
+}
+
+fn curve(svg: &mut String, colour: usize, points: &[Point]) {
+    let path: Vec<String> = points.iter().map(|p| format!("{:.1} {:.1}", p.x, p.y)).collect();
     if points.len() > 1 {
         line!(svg, r#"<path class="line s{colour}" style="fill:none" d="M{}"/>"#, path.join("L"));
     }
-    for &(x, y, value) in points {
+    for Point { x, y, .. } in points {
         line!(svg, r#"<circle class="s{colour}" cx="{x:.1}" cy="{y:.1}" r="3"/>"#);
-        let mut label_y = y - 7.0;
-        while taken.iter().any(|(tx, ty)| (tx - x).abs() < 1.0 && (ty - label_y).abs() < LABEL_H) {
-            label_y -= 1.0;
+    }
+}
+
+/// The values at each x, one above the other over the topmost point, the largest on top.
+fn labels(svg: &mut String, mut points: Vec<Point>) {
+    points.sort_by(|a, b| a.x.total_cmp(&b.x).then(a.y.total_cmp(&b.y)));
+    for stack in points.chunk_by(|a, b| a.x == b.x) {
+        for (below, Point { x, value, colour, .. }) in stack.iter().rev().enumerate() {
+            let y = stack[0].y - LABEL_GAP - below as f64 * LABEL_H;
+            let number = number(*value);
+            line!(svg, r#"<text class="value s{colour}" x="{x:.1}" y="{y:.1}" text-anchor="middle">{number}</text>"#);
         }
-        taken.push((x, label_y));
-        let number = number(value);
-        line!(svg, r#"<text class="value s{colour}" x="{x:.1}" y="{label_y:.1}" text-anchor="middle">{number}</text>"#);
     }
 }
 
@@ -214,6 +232,18 @@ mod tests {
     #[test]
     fn numbers_have_three_digits_that_matter() {
         assert_eq!([0.1234, 1.0, 12.34, 1234.5, 0.5].map(number), ["0.123", "1", "12.3", "1234", "0.5"]);
+    }
+
+    #[test]
+    fn values_above_each_other_stand_as_their_points_do() {
+        let at = |y, value| Point { x: 5.0, y, value, colour: 0 };
+        let mut svg = String::new();
+        labels(&mut svg, vec![at(90.0, 1.0), at(80.0, 3.0), at(85.0, 2.0)]);
+        let heights: Vec<String> = [">3<", ">2<", ">1<"]
+            .map(|value| svg.lines().find(|line| line.contains(value)).unwrap().to_owned())
+            .map(|line| line.split_once(" y=\"").unwrap().1.split('"').next().unwrap().to_owned())
+            .to_vec();
+        assert_eq!(heights, ["51.0", "62.0", "73.0"]);
     }
 
     #[test]

@@ -52,15 +52,13 @@ pub enum BenchError {
         /// Where it was looked for.
         path: PathBuf,
     },
-    /// All meshes at once would not fit.
+    /// Not one mesh would fit.
     #[error(
-        "{shapes} meshes of this model need about {needed_mib} MiB and this machine has {available_mib} MiB to spare; \
-         give fewer --shapes"
+        "a mesh of this model needs about {needed_mib} MiB and this machine has {available_mib} MiB to spare; make a \
+         smaller model with `mesh-bench model`"
     )]
     Memory {
-        /// Meshes.
-        shapes: usize,
-        /// What they need.
+        /// What a mesh needs.
         needed_mib: u64,
         /// What there is.
         available_mib: u64,

@@ -156,10 +156,10 @@ pub fn run(args: &MeshArgs) -> Result<Report, BenchError> {
     let checkpoint = Checkpoint::open(&args.model)?;
     let config = checkpoint.config();
     let mut left_out = Vec::new();
-    let shapes = shapes_here(&args.shapes, &mut left_out)?;
+    let mut shapes = shapes_here(&args.shapes, &mut left_out)?;
+    keep_what_fits(&mut shapes, mesh_bytes(&checkpoint), memory("MemAvailable"), &mut left_out)?;
     let works = works(args, config, &mut left_out);
     left_out.iter().for_each(|line| eprintln!("LEFT OUT: {line}"));
-    check_memory(&checkpoint, shapes.len())?;
     let probe = Probe::new(CpuOptions { dtype: Dtype::Bf16, threads: processors(), isa: None })?;
 
     let (limits, each) = meshes::with_meshes(args.bin_dir.as_deref(), async |meshes: &mut Meshes| {
@@ -211,19 +211,32 @@ fn works(args: &MeshArgs, config: &ModelConfig, left_out: &mut Vec<String>) -> V
     fit.into_iter().map(|(work, _)| work).collect()
 }
 
-/// Refuses more meshes than memory holds: each has all weights.
-fn check_memory(checkpoint: &Checkpoint, shapes: usize) -> Result<(), BenchError> {
+/// Memory of a mesh: all weights, and a tenth for what its nodes need beside them.
+fn mesh_bytes(checkpoint: &Checkpoint) -> u64 {
     let config = checkpoint.config();
     let experts = (config.moe.experts * config.moe_layers().len()) as u64 * checkpoint.expert_bytes();
-    let weights = checkpoint.trunk_bytes() + experts;
-    // What the nodes need beside their weights.
-    let needed = (weights + weights / 10) * shapes as u64;
-    match memory("MemAvailable") {
-        Some(available) if needed > available => {
-            Err(BenchError::Memory { shapes, needed_mib: needed >> 20, available_mib: available >> 20 })
-        }
-        _ => Ok(()),
+    (checkpoint.trunk_bytes() + experts) / 10 * 11
+}
+
+/// All meshes run at once: drops the last ones, as many as memory does not hold.
+fn keep_what_fits(
+    shapes: &mut Vec<MeshShape>,
+    each: u64,
+    available: Option<u64>,
+    left_out: &mut Vec<String>,
+) -> Result<(), BenchError> {
+    let Some(available) = available else { return Ok(()) };
+    let (needed_mib, available_mib) = (each >> 20, available >> 20);
+    let fit = (available / each.max(1)) as usize;
+    if fit == 0 {
+        return Err(BenchError::Memory { needed_mib, available_mib });
     }
+    for shape in shapes.split_off(fit.min(shapes.len())) {
+        left_out.push(format!(
+            "{shape}: all meshes run at once, each in {needed_mib} MiB, and {available_mib} MiB are free"
+        ));
+    }
+    Ok(())
 }
 
 /// Tokens a second by work, mesh and round, without the warm-up.
@@ -385,6 +398,18 @@ mod tests {
         let works = works(&parse(&["--prefill", "63,64", "--streams", "2"]).unwrap(), &config(64), &mut left_out);
         assert_eq!(works, [Work::Prefill(63), Work::Decode(2)]);
         assert!(left_out[0].contains("prefill of 64"), "{left_out:?}");
+    }
+
+    #[test]
+    fn meshes_that_memory_does_not_hold_are_left_out_aloud() {
+        let (mut shapes, mut left_out) = (parse(&[]).unwrap().shapes, Vec::new());
+        keep_what_fits(&mut shapes, 3 << 30, Some(10 << 30), &mut left_out).unwrap();
+        assert_eq!((shapes.len(), left_out.len()), (3, 2));
+        assert!(left_out[0].contains("1A2E:tcp"), "{left_out:?}");
+        let error = keep_what_fits(&mut shapes, 3 << 30, Some(1 << 30), &mut left_out).unwrap_err();
+        assert!(error.to_string().contains("3072 MiB"), "{error}");
+        keep_what_fits(&mut shapes, 3 << 30, None, &mut left_out).unwrap();
+        assert_eq!(shapes.len(), 3);
     }
 
     #[test]

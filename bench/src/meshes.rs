@@ -212,7 +212,7 @@ impl Meshes {
             ("--seed", seed),
         ];
         let mut command = Command::new(&self.meshctl);
-        command.args(["bench", "--json", "-", "--grpc", &mesh.grpc]);
+        command.args(["bench", "--json", "-", "--no-counters", "--grpc", &mesh.grpc]);
         command.args(numbers.iter().flat_map(|(flag, value)| [(*flag).to_owned(), value.to_string()]));
         command.process_group(0).stdin(Stdio::null()).kill_on_drop(true);
         let ran = command.output().await.map_err(BenchError::io("start meshctl"))?;

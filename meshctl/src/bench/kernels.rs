@@ -22,7 +22,7 @@ pub struct KernelsArgs {
     /// and none of the load's flags.
     #[arg(long, conflicts_with_all = [
         "concurrency", "rate", "requests", "duration", "warmup", "input_tokens", "output_tokens", "dataset", "seed",
-        "stop_at_eos", "timeout", "in_flight_max", "slo_ttft_ms", "slo_tpot_ms", "per_request", "svg",
+        "stop_at_eos", "timeout", "in_flight_max", "slo_ttft_ms", "slo_tpot_ms", "per_request", "svg", "no_counters",
     ])]
     pub kernels: bool,
     /// With --kernels: threads that share each call's work.

@@ -196,6 +196,9 @@ impl Bench {
     /// A status whose counters are up to date. A mesh that cannot be asked any more (or Ctrl-C) leaves it out: what was
     /// measured is worth reporting all the same.
     async fn settled(&mut self, signals: &mut StopSignals) -> Option<(StatusResponse, bool)> {
+        if self.args.no_counters {
+            return None;
+        }
         let settled = signals.unless(counters::settled(&mut self.client)).await;
         self.interrupted |= matches!(settled, Err(CliError::Interrupted));
         settled.ok()
