@@ -38,7 +38,7 @@ pub struct GrowthArgs {
     #[arg(long, value_name = "DIR", default_value = "docs")]
     pub out: PathBuf,
     /// How often each point is measured; the median counts.
-    #[arg(long, value_name = "N", default_value_t = 3, value_parser = clap::value_parser!(u16).range(1..=20))]
+    #[arg(long, value_name = "N", default_value_t = 5, value_parser = clap::value_parser!(u16).range(1..=20))]
     pub rounds: u16,
     /// Where meshctl and the services are; beside this program when absent.
     #[arg(long, value_name = "DIR")]
