@@ -7,6 +7,8 @@
 CARGO ?= cargo
 # Tests that start meshes of several processes are patient, but not without bound: few at once.
 TEST_THREADS ?= 2
+# What whole meshes are measured on.
+MODEL ?= target/bench-model
 
 help: ## Show this list
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -27,5 +29,11 @@ lint: ## Formatting, clippy with warnings denied, documentation, tidiness
 	RUSTDOCFLAGS="-D warnings" $(CARGO) doc --release --workspace --no-deps --quiet
 	scripts/tidy.sh
 
-bench: ## Dispatch and combine round trips beside the machine's own limits
-	$(CARGO) run --release -p mesh-bench -- exchange
+bench: binaries ## Kernels, exchange and (MODEL=DIR, or target/bench-model) whole meshes, beside the machine's limits
+	target/release/mesh-bench kernels --json target/bench/kernels.json
+	target/release/mesh-bench exchange --json target/bench/exchange.json
+	@if [ "$(origin MODEL)" != file ] || [ -f "$(MODEL)/config.json" ]; then \
+	  target/release/mesh-bench mesh --model "$(MODEL)" --json target/bench/mesh.json; \
+	else \
+	  echo "no whole meshes without a model: target/release/mesh-bench model --out $(MODEL)   (2.6 GB), or MODEL=DIR"; \
+	fi

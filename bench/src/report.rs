@@ -1,11 +1,8 @@
-//! The table and the JSON.
+//! The table and the JSON of `exchange`.
 
 use std::fmt::Write as _;
-use std::io::Write as _;
 
 use serde::Serialize;
-
-use crate::BenchError;
 
 /// The ratio to the raw limit that is aimed at.
 pub const RATIO_GOAL: f64 = 1.5;
@@ -58,18 +55,8 @@ pub struct Figure {
 }
 
 impl Report {
-    /// Prints the table, or one JSON object.
-    pub fn print(&self, json: bool) -> Result<(), BenchError> {
-        let text = if json {
-            serde_json::to_string(self).map_err(|e| BenchError::Other(format!("cannot write JSON: {e}")))? + "\n"
-        } else {
-            self.table()
-        };
-        let mut out = std::io::stdout().lock();
-        out.write_all(text.as_bytes()).and_then(|()| out.flush()).map_err(BenchError::io("print the report"))
-    }
-
-    fn table(&self) -> String {
+    /// As text.
+    pub fn table(&self) -> String {
         let giga = 1e9;
         let mut text = format!(
             "memcpy, one thread: {:.1} GB/s from memory, {:.1} GB/s in cache\nwaiting: {}\n\n",

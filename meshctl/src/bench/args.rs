@@ -81,6 +81,12 @@ pub struct BenchArgs {
     /// Draw latency over rate (or over streams, in a closed loop).
     #[arg(long, value_name = "FILE")]
     pub svg: Option<PathBuf>,
+    /// Do not wait, before and after each load point, until every node has reported: leaves the mesh's own counters out.
+    #[arg(long)]
+    pub no_counters: bool,
+    /// The kernels of this machine instead of a mesh.
+    #[command(flatten)]
+    pub kernels: super::kernels::KernelsArgs,
 }
 
 /// Requests a second.

@@ -8,6 +8,7 @@
 //! - [`stats`]: percentiles, exact or by histogram
 //! - [`counters`], [`profile`], [`host`]: the mesh's own counters, where its time went, the machine, processor time
 //! - [`report`]: the results and their JSON; [`table`], [`chart`], [`svg`]: their other forms
+//! - [`kernels`]: `--kernels`, which another program does
 //! - [`error`]: why it cannot start
 
 pub mod args;
@@ -18,6 +19,7 @@ pub mod dataset;
 pub mod drive;
 pub mod error;
 pub mod host;
+pub mod kernels;
 pub mod lengths;
 pub mod profile;
 pub mod random;
@@ -66,6 +68,9 @@ const WARMUP_POINT: u64 = u64::MAX;
 /// # Errors
 /// [`CliError`] when it cannot start or its results cannot be written. What fails during the load is counted.
 pub async fn run(args: BenchArgs) -> Result<Exit, CliError> {
+    if args.kernels.kernels {
+        match kernels::become_kernel_bench(&args)? {}
+    }
     let report = measure(args, &mut StopSignals::watch()?).await?;
     write(&report)?;
     Ok(exit(&report))
@@ -196,6 +201,9 @@ impl Bench {
     /// A status whose counters are up to date. A mesh that cannot be asked any more (or Ctrl-C) leaves it out: what was
     /// measured is worth reporting all the same.
     async fn settled(&mut self, signals: &mut StopSignals) -> Option<(StatusResponse, bool)> {
+        if self.args.no_counters {
+            return None;
+        }
         let settled = signals.unless(counters::settled(&mut self.client)).await;
         self.interrupted |= matches!(settled, Err(CliError::Interrupted));
         settled.ok()

@@ -1,0 +1,281 @@
+//! What the CPU backend reaches beside what this machine can do: products, expert FFNs and attention as shares of its
+//! arithmetic from registers and its streaming read.
+
+use std::fmt::Write as _;
+
+use clap::Args;
+use mesh_kernels::cpu::{Cpu, CpuOptions, Isa};
+use mesh_kernels::kv::KvShape;
+use mesh_kernels::rows::{MatrixView, RowBuf};
+use mesh_kernels::{AttentionShape, Compute, Dtype, Ffn, FfnGroup, KV_PAGE_TOKENS, KernelError, Matrix, QueryRow};
+use serde::Serialize;
+
+use crate::about::{JsonArg, processors};
+use crate::error::BenchError;
+use crate::limits::{COPIES_BYTES, Limits, Probe, best_seconds};
+
+const HIDDEN: usize = 1024;
+const INTERMEDIATE: usize = 512;
+const HEADS: usize = 16;
+const KV_HEADS: usize = 4;
+const HEAD_DIM: usize = 64;
+/// Rows of a product.
+const ROWS: [usize; 7] = [1, 4, 8, 12, 16, 64, 512];
+
+/// `mesh-bench kernels`.
+#[derive(Clone, Debug, Args)]
+pub struct KernelsArgs {
+    /// Threads that share each call's work.
+    #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u16).range(1..=1024))]
+    pub threads: u16,
+    /// The instruction set: avx512-bf16, avx512, avx2, neon, ...; the best that the machine has when absent. One that is for
+    /// bf16 alone leaves f32 at its own best.
+    #[arg(long, value_name = "NAME")]
+    pub isa: Option<Isa>,
+    /// Where the results go.
+    #[command(flatten)]
+    pub json: JsonArg,
+}
+
+/// A run.
+#[derive(Debug, Serialize)]
+pub struct Report {
+    /// One for each dtype.
+    pub backends: Vec<Backend>,
+}
+
+/// One backend's figures.
+#[derive(Debug, Serialize)]
+pub struct Backend {
+    /// Its name.
+    pub backend: String,
+    /// Threads of each call.
+    pub threads: usize,
+    /// Those of its threads; what shares are of.
+    pub limits: Limits,
+    /// The machine's with one thread and with all.
+    pub machine: Vec<Limits>,
+    /// Products and expert FFNs.
+    pub products: Vec<ProductCase>,
+    /// Attention.
+    pub attention: Vec<AttentionCase>,
+}
+
+/// `[m, k]` rows by `[n, k]` weights out of memory.
+#[derive(Debug, Serialize)]
+pub struct ProductCase {
+    /// `linear`, or `ffn`: gate, up and down together, as one matrix.
+    pub name: &'static str,
+    /// Rows.
+    pub m: usize,
+    /// Outputs.
+    pub n: usize,
+    /// Inputs.
+    pub k: usize,
+    /// Microseconds.
+    pub us: f64,
+    /// Arithmetic.
+    pub gflops: f64,
+    /// Weights read.
+    pub gbytes: f64,
+    /// Of the arithmetic limit.
+    pub gflops_share: f64,
+    /// Of the streaming read.
+    pub gbytes_share: f64,
+}
+
+/// The last rows of a sequence.
+#[derive(Debug, Serialize)]
+pub struct AttentionCase {
+    /// Query rows.
+    pub rows: usize,
+    /// Tokens of the sequence.
+    pub tokens: usize,
+    /// Microseconds.
+    pub us: f64,
+    /// Arithmetic.
+    pub gflops: f64,
+    /// Of the arithmetic limit.
+    pub gflops_share: f64,
+}
+
+/// Runs it all.
+///
+/// # Errors
+/// The backend cannot be made on this machine.
+pub fn run(args: &KernelsArgs) -> Result<Report, BenchError> {
+    let mut backends = Vec::new();
+    for dtype in [Dtype::Bf16, Dtype::F32] {
+        let isa = args.isa.filter(|isa| isa.suits(dtype));
+        backends.push(backend(CpuOptions { dtype, threads: args.threads.into(), isa })?);
+    }
+    Ok(Report { backends })
+}
+
+fn backend(options: CpuOptions) -> Result<Backend, KernelError> {
+    let probe = Probe::new(options)?;
+    let (cpu, dtype, before) = (probe.cpu(), options.dtype, probe.limits());
+    let mut products = Vec::new();
+    for (n, k) in [(HIDDEN, HIDDEN), (2 * INTERMEDIATE, HIDDEN), (HIDDEN, INTERMEDIATE)] {
+        for m in ROWS {
+            products.push(("linear", [m, n, k], linear_seconds(cpu, m, n, k)?));
+        }
+    }
+    for m in ROWS {
+        products.push(("ffn", [m, 3 * INTERMEDIATE, HIDDEN], ffn_seconds(cpu, m)?));
+    }
+    let mut attention = Vec::new();
+    for (rows, tokens) in [(1, 1024), (64, 512), (512, 512)] {
+        attention.push((rows, tokens, attention_seconds(cpu, rows, tokens)?));
+    }
+    // Before and after: what a neighbour takes of a shared machine for a while is no limit.
+    let limits = before.or_better(probe.limits());
+    let mut machine = Vec::new();
+    for threads in [1, processors()] {
+        let same = threads == options.threads;
+        machine.push(if same { limits } else { Probe::new(CpuOptions { threads, ..options })?.limits() });
+    }
+    machine.dedup_by_key(|limits| limits.threads);
+    Ok(Backend {
+        backend: cpu.name(),
+        threads: options.threads,
+        limits,
+        machine,
+        products: products.into_iter().map(|(name, mnk, s)| product(name, mnk, s, limits, dtype)).collect(),
+        attention: attention.into_iter().map(|(rows, tokens, s)| attention_case(rows, tokens, s, limits)).collect(),
+    })
+}
+
+fn product(name: &'static str, [m, n, k]: [usize; 3], seconds: f64, limits: Limits, dtype: Dtype) -> ProductCase {
+    let gflops = (2 * m * n * k) as f64 / seconds / 1e9;
+    let gbytes = (n * k * dtype.bytes()) as f64 / seconds / 1e9;
+    let (gflops_share, gbytes_share) = (gflops / limits.gflops, gbytes / limits.gbytes);
+    ProductCase { name, m, n, k, us: seconds * 1e6, gflops, gbytes, gflops_share, gbytes_share }
+}
+
+/// Rows that were written: untouched pages would all be the one page of zeros. Their bytes make numbers near one in either
+/// dtype: products of far smaller ones are subnormal, which costs some processors a hundred times as much.
+fn written_rows(dtype: Dtype, rows: usize, cols: usize) -> Result<RowBuf, KernelError> {
+    let mut buf = RowBuf::new(dtype, rows, cols)?;
+    buf.as_rows_mut().bytes.fill(0x3f);
+    Ok(buf)
+}
+
+/// A checkpoint's matrix of small values.
+fn weights(n: usize, k: usize) -> Vec<u8> {
+    (0..n * k).flat_map(|i| ((i * 7919 % 1013) as f32 / 1e4 - 0.05).to_le_bytes()).collect()
+}
+
+fn linear_seconds(cpu: &Cpu, m: usize, n: usize, k: usize) -> Result<f64, KernelError> {
+    let stored = weights(n, k);
+    let copies = COPIES_BYTES / (n * k * cpu.dtype().bytes());
+    let pack = || cpu.pack(&[MatrixView { dtype: Dtype::F32, n, k, bytes: &stored }]);
+    let packed: Vec<Matrix> = (0..copies).map(|_| pack()).collect();
+    let x = written_rows(cpu.dtype(), m, k)?;
+    let mut out = vec![0f32; m * n];
+    let mut copy = 0;
+    Ok(best_seconds(|| {
+        cpu.linear(&packed[copy], x.as_rows(), &mut out);
+        copy = (copy + 1) % copies;
+    }))
+}
+
+fn ffn_seconds(cpu: &Cpu, m: usize) -> Result<f64, KernelError> {
+    let (n, k) = (INTERMEDIATE, HIDDEN);
+    let stored = weights(n, k);
+    let view = MatrixView { dtype: Dtype::F32, n, k, bytes: &stored };
+    let copies = COPIES_BYTES / (3 * n * k * cpu.dtype().bytes());
+    let packed: Vec<Ffn> = (0..copies).map(|_| cpu.pack_ffn(view, view, MatrixView { n: k, k: n, ..view })).collect();
+    let (x, mut out) = (written_rows(cpu.dtype(), m, k)?, written_rows(cpu.dtype(), m, k)?);
+    let mut copy = 0;
+    Ok(best_seconds(|| {
+        let x = (0..m).map(|row| x.as_rows().row(row)).collect();
+        let out = out.as_rows_mut().bytes.chunks_mut(k * cpu.dtype().bytes()).collect();
+        cpu.ffn(&mut [FfnGroup { weights: &packed[copy], x, out }]);
+        copy = (copy + 1) % copies;
+    }))
+}
+
+/// The last `rows` rows of a sequence of `tokens`.
+fn attention_seconds(cpu: &Cpu, rows: usize, tokens: usize) -> Result<f64, KernelError> {
+    let width = HEADS * HEAD_DIM;
+    let pages: Vec<u32> = (0..tokens.div_ceil(KV_PAGE_TOKENS) as u32).collect();
+    let shape = KvShape { layers: 1, pages: pages.len(), kv_heads: KV_HEADS, head_dim: HEAD_DIM };
+    let mut cache = cpu.kv_cache(shape);
+    let token = vec![0.1; KV_HEADS * HEAD_DIM];
+    for position in 0..tokens {
+        cpu.kv_write(&mut cache, 0, pages[position / KV_PAGE_TOKENS], position % KV_PAGE_TOKENS, &token, &token);
+    }
+    let q = vec![0f32; rows * width];
+    let queries: Vec<QueryRow<'_>> =
+        (tokens - rows..tokens).map(|position| QueryRow { pages: &pages, position: position as u32 }).collect();
+    let mut out = RowBuf::new(cpu.dtype(), rows, width)?;
+    let shape = AttentionShape { heads: HEADS, scale: 0.125, window: None };
+    Ok(best_seconds(|| cpu.attention(&cache, 0, &q, width, &queries, shape, out.as_rows_mut())))
+}
+
+fn attention_case(rows: usize, tokens: usize, seconds: f64, limits: Limits) -> AttentionCase {
+    let pairs: usize = (tokens - rows..tokens).map(|position| position + 1).sum();
+    let gflops = (4 * pairs * HEADS * HEAD_DIM) as f64 / seconds / 1e9;
+    AttentionCase { rows, tokens, us: seconds * 1e6, gflops, gflops_share: gflops / limits.gflops }
+}
+
+impl Report {
+    /// As text.
+    pub fn table(&self) -> String {
+        self.backends.iter().map(Backend::table).collect()
+    }
+}
+
+impl Backend {
+    fn table(&self) -> String {
+        let mut text = String::new();
+        // Writing to a string cannot fail.
+        let _ = writeln!(text, "{}, shares of the limits of {} threads", self.backend, self.threads);
+        for Limits { threads, gflops, gbytes } in &self.machine {
+            let _ = writeln!(
+                text,
+                "  limits, {threads} threads: {gflops:.1} GFLOP/s from registers, {gbytes:.1} GB/s streaming read"
+            );
+        }
+        let _ =
+            writeln!(text, "  {:8} {:>4} {:>5} {:>5} {:>9} {:>15} {:>14}", "", "m", "n", "k", "us", "GFLOP/s", "GB/s");
+        for c in &self.products {
+            let (arithmetic, read) = (100.0 * c.gflops_share, 100.0 * c.gbytes_share);
+            let _ = writeln!(
+                text,
+                "  {:8} {:>4} {:>5} {:>5} {:>9.1} {:>8.1} ({arithmetic:>3.0}%) {:>7.1} ({read:>3.0}%)",
+                c.name, c.m, c.n, c.k, c.us, c.gflops, c.gbytes
+            );
+        }
+        for AttentionCase { rows, tokens, us, gflops, gflops_share } in &self.attention {
+            let share = 100.0 * gflops_share;
+            let _ = writeln!(
+                text,
+                "  attention, last {rows} rows of {tokens} tokens, {HEADS}/{KV_HEADS} heads of {HEAD_DIM}: {us:.1} us, \
+                 {gflops:.1} GFLOP/s ({share:.0}%)"
+            );
+        }
+        text
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn shares_are_of_the_limits_and_of_one_reading_of_the_weights() {
+        let limits = Limits { threads: 1, gflops: 100.0, gbytes: 10.0 };
+        let case = product("linear", [2, 1000, 500], 1e-3, limits, Dtype::Bf16);
+        assert!((case.gflops - 2.0).abs() < 1e-9 && (case.gflops_share - 0.02).abs() < 1e-9);
+        assert!((case.gbytes - 1.0).abs() < 1e-9 && (case.gbytes_share - 0.1).abs() < 1e-9);
+    }
+
+    #[test]
+    fn attention_counts_the_pairs_that_each_row_sees() {
+        // Rows at positions 2 and 3 see 3 and 4 keys: 4 x 7 x 1024 operations.
+        let case = attention_case(2, 4, 1e-6, Limits { threads: 1, gflops: 286.72, gbytes: 1.0 });
+        assert!((case.gflops - 28.672).abs() < 1e-9 && (case.gflops_share - 0.1).abs() < 1e-9);
+    }
+}
