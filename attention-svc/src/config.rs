@@ -40,6 +40,8 @@ pub struct AttentionConfig {
     pub cache_dir: Option<PathBuf>,
     /// Compute threads; 0: one for each processor.
     pub threads: usize,
+    /// Binds engine and compute threads to processors from this one on, counted round; `None`: not bound.
+    pub bind_from: Option<usize>,
     /// The slot to have; `None`: the lowest free one.
     pub slot: Option<Slot>,
     /// A name for people.
@@ -93,6 +95,7 @@ impl AttentionConfig {
             dtype: Dtype::Bf16,
             cache_dir: None,
             threads: 0,
+            bind_from: None,
             slot: None,
             name: String::new(),
             kv: KvBudget::Bytes(Self::KV_BYTES),

@@ -43,6 +43,10 @@ struct Flags {
     #[arg(long, env = "MESH_THREADS", value_name = "N", default_value_t = 0,
           value_parser = clap::builder::RangedU64ValueParser::<usize>::new().range(..=1024))]
     threads: usize,
+    /// Bind the engine's and the compute threads to a processor each, from the Nth on of those allowed, counted round. For
+    /// nodes that share processors: give each another N. Not bound when absent.
+    #[arg(long, env = "MESH_BIND_FROM", value_name = "N")]
+    bind_from: Option<usize>,
     /// The slot to have among the attention nodes; the lowest free one when absent.
     #[arg(long, env = "MESH_SLOT", value_name = "N", value_parser = clap::value_parser!(u16).range(..SLOTS_MAX as i64))]
     slot: Option<u16>,
@@ -102,6 +106,7 @@ impl Flags {
             dtype: self.dtype,
             cache_dir: self.cache_dir,
             threads: self.threads,
+            bind_from: self.bind_from,
             slot: self.slot.map(Slot),
             name: self.name,
             kv: self.kv_pages.map_or(KvBudget::Bytes(self.kv_bytes), KvBudget::Pages),

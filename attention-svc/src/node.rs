@@ -184,7 +184,8 @@ fn open(config: &AttentionConfig) -> Result<Opened, AttentionError> {
     let checkpoint = Arc::new(Checkpoint::open(&config.model_dir)?);
     let tokenizer = Tokenizer::open(&config.model_dir)?;
     let threads = if config.threads == 0 { processors() } else { config.threads };
-    let compute: Arc<dyn Compute> = Arc::new(Cpu::new(CpuOptions { dtype: config.dtype, threads, isa: None })?);
+    let compute: Arc<dyn Compute> =
+        Arc::new(Cpu::new(CpuOptions { dtype: config.dtype, threads, isa: None, bind_from: config.bind_from })?);
     tracing::info!(model = %config.model_dir.display(), compute = %compute.name(), "checkpoint opened");
     let (info, digest) = (model_info(&checkpoint, config), checkpoint.digest());
     let packer = match &config.cache_dir {

@@ -12,7 +12,7 @@ use serde::Serialize;
 
 use crate::about::{JsonArg, processors};
 use crate::error::BenchError;
-use crate::limits::{COPIES_BYTES, Limits, Probe, best_seconds};
+use crate::limits::{Limits, Probe, best_seconds, walked_bytes};
 
 const HIDDEN: usize = 1024;
 const INTERMEDIATE: usize = 512;
@@ -107,7 +107,7 @@ pub fn run(args: &KernelsArgs) -> Result<Report, BenchError> {
     let mut backends = Vec::new();
     for dtype in [Dtype::Bf16, Dtype::F32] {
         let isa = args.isa.filter(|isa| isa.suits(dtype));
-        backends.push(backend(CpuOptions { dtype, threads: args.threads.into(), isa })?);
+        backends.push(backend(CpuOptions { dtype, threads: args.threads.into(), isa, bind_from: None })?);
     }
     Ok(Report { backends })
 }
@@ -117,12 +117,12 @@ fn backend(options: CpuOptions) -> Result<Backend, KernelError> {
     let (cpu, dtype, before) = (probe.cpu(), options.dtype, probe.limits());
     let mut products = Vec::new();
     for (n, k) in [(HIDDEN, HIDDEN), (2 * INTERMEDIATE, HIDDEN), (HIDDEN, INTERMEDIATE)] {
-        for m in ROWS {
-            products.push(("linear", [m, n, k], linear_seconds(cpu, m, n, k)?));
+        for (m, seconds) in ROWS.into_iter().zip(linear_seconds(cpu, n, k)?) {
+            products.push(("linear", [m, n, k], seconds));
         }
     }
-    for m in ROWS {
-        products.push(("ffn", [m, 3 * INTERMEDIATE, HIDDEN], ffn_seconds(cpu, m)?));
+    for (m, seconds) in ROWS.into_iter().zip(ffn_seconds(cpu)?) {
+        products.push(("ffn", [m, 3 * INTERMEDIATE, HIDDEN], seconds));
     }
     let mut attention = Vec::new();
     for (rows, tokens) in [(1, 1024), (64, 512), (512, 512)] {
@@ -166,34 +166,44 @@ fn weights(n: usize, k: usize) -> Vec<u8> {
     (0..n * k).flat_map(|i| ((i * 7919 % 1013) as f32 / 1e4 - 0.05).to_le_bytes()).collect()
 }
 
-fn linear_seconds(cpu: &Cpu, m: usize, n: usize, k: usize) -> Result<f64, KernelError> {
+/// Seconds of a product of each number of rows, over weights that no cache holds.
+fn linear_seconds(cpu: &Cpu, n: usize, k: usize) -> Result<Vec<f64>, KernelError> {
     let stored = weights(n, k);
-    let copies = COPIES_BYTES / (n * k * cpu.dtype().bytes());
+    let copies = walked_bytes() / (n * k * cpu.dtype().bytes());
     let pack = || cpu.pack(&[MatrixView { dtype: Dtype::F32, n, k, bytes: &stored }]);
     let packed: Vec<Matrix> = (0..copies).map(|_| pack()).collect();
-    let x = written_rows(cpu.dtype(), m, k)?;
-    let mut out = vec![0f32; m * n];
     let mut copy = 0;
-    Ok(best_seconds(|| {
-        cpu.linear(&packed[copy], x.as_rows(), &mut out);
-        copy = (copy + 1) % copies;
-    }))
+    let mut seconds = Vec::new();
+    for m in ROWS {
+        let x = written_rows(cpu.dtype(), m, k)?;
+        let mut out = vec![0f32; m * n];
+        seconds.push(best_seconds(|| {
+            cpu.linear(&packed[copy], x.as_rows(), &mut out);
+            copy = (copy + 1) % copies;
+        }));
+    }
+    Ok(seconds)
 }
 
-fn ffn_seconds(cpu: &Cpu, m: usize) -> Result<f64, KernelError> {
+/// The same of an expert's FFN.
+fn ffn_seconds(cpu: &Cpu) -> Result<Vec<f64>, KernelError> {
     let (n, k) = (INTERMEDIATE, HIDDEN);
     let stored = weights(n, k);
     let view = MatrixView { dtype: Dtype::F32, n, k, bytes: &stored };
-    let copies = COPIES_BYTES / (3 * n * k * cpu.dtype().bytes());
+    let copies = walked_bytes() / (3 * n * k * cpu.dtype().bytes());
     let packed: Vec<Ffn> = (0..copies).map(|_| cpu.pack_ffn(view, view, MatrixView { n: k, k: n, ..view })).collect();
-    let (x, mut out) = (written_rows(cpu.dtype(), m, k)?, written_rows(cpu.dtype(), m, k)?);
     let mut copy = 0;
-    Ok(best_seconds(|| {
-        let x = (0..m).map(|row| x.as_rows().row(row)).collect();
-        let out = out.as_rows_mut().bytes.chunks_mut(k * cpu.dtype().bytes()).collect();
-        cpu.ffn(&mut [FfnGroup { weights: &packed[copy], x, out }]);
-        copy = (copy + 1) % copies;
-    }))
+    let mut seconds = Vec::new();
+    for m in ROWS {
+        let (x, mut out) = (written_rows(cpu.dtype(), m, k)?, written_rows(cpu.dtype(), m, k)?);
+        seconds.push(best_seconds(|| {
+            let x = (0..m).map(|row| x.as_rows().row(row)).collect();
+            let out = out.as_rows_mut().bytes.chunks_mut(k * cpu.dtype().bytes()).collect();
+            cpu.ffn(&mut [FfnGroup { weights: &packed[copy], x, out }]);
+            copy = (copy + 1) % copies;
+        }));
+    }
+    Ok(seconds)
 }
 
 /// The last `rows` rows of a sequence of `tokens`.

@@ -8,8 +8,8 @@ use mesh_kernels::rows::MatrixView;
 use mesh_kernels::{Compute, Dtype, KernelError, Matrix};
 use serde::Serialize;
 
-/// Weights walked in turn, so that a product of few rows reads memory and not the cache.
-pub const COPIES_BYTES: usize = 128 << 20;
+/// Weights that are walked in turn, at least and at most.
+const WALKED_BYTES: (usize, usize) = (128 << 20, 2 << 30);
 /// How long each figure is measured for.
 const MEASURE_S: f64 = 0.18;
 /// Measurements of which the best counts: the machine's limit is wanted, not its load.
@@ -17,6 +17,14 @@ const REPEATS: usize = 6;
 const WIDTH: usize = 1024;
 /// Rounds of arithmetic of one call: some milliseconds.
 const ROUNDS: u64 = 100_000;
+
+/// Bytes of weights to walk in turn, so that a product of few rows reads memory and not a cache: twice the last cache, as far
+/// as the system says how large that is.
+pub fn walked_bytes() -> usize {
+    let size = std::fs::read_to_string("/sys/devices/system/cpu/cpu0/cache/index3/size").unwrap_or_default();
+    let kib: usize = size.trim().trim_end_matches('K').parse().unwrap_or(0);
+    (2 * kib * 1024).clamp(WALKED_BYTES.0, WALKED_BYTES.1)
+}
 
 /// The limits of this machine.
 #[derive(Clone, Copy, Debug, Serialize)]
@@ -50,7 +58,7 @@ impl Probe {
     /// The backend cannot be made.
     pub fn new(options: CpuOptions) -> Result<Self, KernelError> {
         let cpu = Cpu::new(options)?;
-        let (n, k) = (COPIES_BYTES / WIDTH / cpu.dtype().bytes(), WIDTH);
+        let (n, k) = (walked_bytes() / WIDTH / cpu.dtype().bytes(), WIDTH);
         let zeros = vec![0u8; n * k * Dtype::Bf16.bytes()];
         let weights = cpu.pack(&[MatrixView { dtype: Dtype::Bf16, n, k, bytes: &zeros }]);
         Ok(Self { cpu, threads: options.threads, weights })

@@ -160,7 +160,7 @@ pub fn run(args: &MeshArgs) -> Result<Report, BenchError> {
     keep_what_fits(&mut shapes, mesh_bytes(&checkpoint), memory("MemAvailable"), &mut left_out)?;
     let works = works(args, config, &mut left_out);
     left_out.iter().for_each(|line| eprintln!("LEFT OUT: {line}"));
-    let probe = Probe::new(CpuOptions { dtype: Dtype::Bf16, threads: processors(), isa: None })?;
+    let probe = Probe::new(CpuOptions { dtype: Dtype::Bf16, threads: processors(), isa: None, bind_from: None })?;
 
     let (limits, each) = meshes::with_meshes(args.bin_dir.as_deref(), async |meshes: &mut Meshes| {
         for shape in &shapes {

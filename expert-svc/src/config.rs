@@ -28,6 +28,8 @@ pub struct ExpertConfig {
     pub cache_dir: Option<PathBuf>,
     /// Compute threads; 0: one for each processor.
     pub threads: usize,
+    /// Binds engine and compute threads to processors from this one on, counted round; `None`: not bound.
+    pub bind_from: Option<usize>,
     /// The slot to have; `None`: the lowest free one.
     pub slot: Option<Slot>,
     /// A name for people.
@@ -88,6 +90,7 @@ impl ExpertConfig {
             dtype: Dtype::Bf16,
             cache_dir: None,
             threads: 0,
+            bind_from: None,
             slot: None,
             name: String::new(),
             capacity_bytes: 0,

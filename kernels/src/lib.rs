@@ -102,6 +102,8 @@ pub trait Compute: Send + Sync {
     fn kind(&self) -> String;
     /// The compute dtype.
     fn dtype(&self) -> Dtype;
+    /// Called once by a thread that will make most of the calls: binds it to its processor, if the backend binds threads.
+    fn bind_thread(&self) {}
     /// How packed weights lie, dtype included: equal names, equal bytes, whatever the instruction set. In letters, digits
     /// and `-`.
     fn layout(&self) -> String;

@@ -312,7 +312,7 @@ mod tests {
     const K: usize = 34;
 
     fn backends(dtype: Dtype) -> [Arc<dyn Compute>; 2] {
-        let cpu = Cpu::new(CpuOptions { dtype, threads: 1, isa: None }).unwrap();
+        let cpu = Cpu::new(CpuOptions { dtype, threads: 1, isa: None, bind_from: None }).unwrap();
         [Arc::new(cpu), Arc::new(Reference::new(dtype))]
     }
 

@@ -27,29 +27,26 @@ pub struct LocalMeshConfig {
     pub expert_node: ExpertConfig,
     /// How long the mesh may take until it serves.
     pub start_max: Duration,
+    /// Whether each node's threads are bound to processors, every engine to another as far as they go.
+    pub bind: bool,
     /// How long each group of nodes may take to stop.
     pub stop_max: Duration,
 }
 
 impl LocalMeshConfig {
-    /// A mesh over the local transport. Attention and expert nodes take turns, so each group has all processors to share
-    /// out among its own.
+    /// A mesh over the local transport, each node with all processors: they take turns.
     pub fn new(model_dir: impl Into<PathBuf>, attention: u16, experts: u16) -> Self {
         let model_dir = model_dir.into();
         let router =
             RouterConfig { attention_min: attention.into(), experts_min: experts.into(), ..RouterConfig::default() };
-        let processors = std::thread::available_parallelism().map_or(1, usize::from);
-        let share = |nodes: u16| (processors / usize::from(nodes.max(1))).max(1);
         Self {
             attention,
             experts,
             grpc: (Ipv4Addr::LOCALHOST, 0).into(),
             router,
-            attention_node: AttentionConfig {
-                threads: share(attention),
-                ..AttentionConfig::new(model_dir.clone(), String::new())
-            },
-            expert_node: ExpertConfig { threads: share(experts), ..ExpertConfig::new(model_dir, String::new()) },
+            attention_node: AttentionConfig::new(model_dir.clone(), String::new()),
+            expert_node: ExpertConfig::new(model_dir, String::new()),
+            bind: false,
             start_max: Duration::from_secs(600),
             stop_max: Duration::from_secs(40),
         }

@@ -41,9 +41,12 @@ struct Flags {
     /// Where the router listens for clients; port 0 takes a free one.
     #[arg(long, env = "MESH_GRPC", value_name = "ADDR", default_value = "127.0.0.1:7700")]
     grpc: SocketAddr,
-    /// Compute threads of each node; by default each group of nodes shares out all processors among its own.
+    /// Compute threads of each node; by default as many as there are processors, which the nodes take in turns.
     #[arg(long, env = "MESH_THREADS", value_name = "N", value_parser = clap::value_parser!(u16).range(1..=1024))]
     threads: Option<u16>,
+    /// Leave it to the system on which processors threads run, rather than bind each to one.
+    #[arg(long)]
+    no_bind: bool,
     /// Keep packed weights in this directory, as many bytes as the mesh holds: the next start maps them and serves at
     /// once.
     #[arg(long, env = "MESH_CACHE_DIR", value_name = "DIR")]
@@ -68,6 +71,7 @@ impl Flags {
         if let Some(threads) = self.threads {
             config = config.threads(threads.into());
         }
+        config.bind = !self.no_bind;
         config.attention_node.cache_dir.clone_from(&self.cache_dir);
         config.expert_node.cache_dir = self.cache_dir;
         if let Some(pages) = self.kv_pages {

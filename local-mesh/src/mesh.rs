@@ -115,12 +115,14 @@ impl LocalMesh {
         for slot in 0..config.experts {
             let mut node = config.expert_node.clone();
             (node.router, node.hub, node.slot) = (router.clone(), Some(hub.clone()), Some(Slot(slot)));
+            node.bind_from = config.bind.then_some(slot.into());
             node.name = format!("{}-{slot}", Group::Expert.name());
             starts.push((Group::Expert, node.name.clone(), Start::Expert(Box::new(node))));
         }
         for slot in 0..config.attention {
             let mut node = config.attention_node.clone();
             (node.router, node.hub, node.slot) = (router.clone(), Some(hub.clone()), Some(Slot(slot)));
+            node.bind_from = config.bind.then_some(slot.into());
             node.name = format!("{}-{slot}", Group::Attention.name());
             starts.push((Group::Attention, node.name.clone(), Start::Attention(Box::new(node))));
         }

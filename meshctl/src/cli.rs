@@ -88,9 +88,12 @@ pub struct UpArgs {
     /// Where the router listens for clients; port 0 takes a free one.
     #[arg(long, value_name = "ADDR", default_value = GRPC_ADDR_DEFAULT)]
     pub grpc: std::net::SocketAddr,
-    /// Compute threads of each node; by default each group of nodes shares out all processors among its own.
+    /// Compute threads of each node; by default as many as there are processors, which the nodes take in turns.
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=1024))]
     pub threads: Option<u16>,
+    /// Leave it to the system on which processors threads run, rather than bind each to one.
+    #[arg(long)]
+    pub no_bind: bool,
     /// Keep packed weights in this directory, as many bytes as the mesh holds: the next start maps them and serves at
     /// once.
     #[arg(long, env = "MESH_CACHE_DIR", value_name = "DIR")]

@@ -43,6 +43,7 @@ pub async fn run(args: DemoArgs) -> Result<Exit, CliError> {
         dtype: None,
         grpc: ([127, 0, 0, 1], 0).into(),
         threads: None,
+        no_bind: false,
         cache_dir: None,
         kv_pages: None,
         prefill_chunk: None,

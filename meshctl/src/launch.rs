@@ -129,12 +129,11 @@ pub fn own_folder() -> Result<PathBuf, CliError> {
     Ok(exe.parent().map(Path::to_owned).unwrap_or_default())
 }
 
-/// Compute threads of each node of a group: attention and expert nodes take turns, so each group has all processors to
-/// share out among its own.
-fn threads(args: &UpArgs, group: Group) -> usize {
+/// Compute threads of each node: all processors. Attention and expert nodes take turns, and of a layer's expert nodes one
+/// has more to do than the other: bound to processors, their threads hand over, and whoever is done makes room.
+fn threads(args: &UpArgs) -> usize {
     let processors = std::thread::available_parallelism().map_or(1, usize::from);
-    let nodes = if group == Group::Attention { args.attention } else { args.experts };
-    args.threads.map_or_else(|| (processors / usize::from(nodes)).max(1), usize::from)
+    args.threads.map_or(processors, usize::from)
 }
 
 /// Checks what can be checked before anything is started.
@@ -163,13 +162,17 @@ fn node_args(args: &UpArgs, router: &str, group: Group, slot: u16) -> Vec<String
         ("--router", format!("http://{router}")),
         ("--listen", "127.0.0.1:0".to_owned()),
         ("--transport", transport),
-        ("--threads", threads(args, group).to_string()),
+        ("--threads", threads(args).to_string()),
         ("--slot", slot.to_string()),
         ("--name", format!("{}-{slot}", group.name())),
         ("--log", args.log.clone()),
     ];
     pairs.extend(args.dtype.map(|dtype| ("--dtype", spelled(dtype))));
     pairs.extend(args.cache_dir.iter().map(|dir| ("--cache-dir", dir.display().to_string())));
+    if !args.no_bind {
+        // Each node's engine on another processor, as far as they go.
+        pairs.push(("--bind-from", slot.to_string()));
+    }
     if group == Group::Attention {
         pairs.extend(args.kv_pages.map(|pages| ("--kv-pages", pages.to_string())));
         pairs.extend(args.prefill_chunk.map(|tokens| ("--prefill-chunk", tokens.to_string())));
@@ -384,14 +387,20 @@ mod tests {
     }
 
     #[test]
-    fn threads_are_shared_out_and_never_none() {
-        for group in [Group::Attention, Group::Expert] {
-            assert_eq!(threads(&up(&["--threads", "5"]), group), 5);
-        }
+    fn every_node_has_all_processors_unless_told_otherwise() {
+        assert_eq!(threads(&up(&["--threads", "5"])), 5);
         let processors = std::thread::available_parallelism().map_or(1, usize::from);
-        let one_and_many = UpArgs { attention: 1, experts: u16::MAX, ..up(&[]) };
-        assert_eq!(threads(&one_and_many, Group::Attention), processors);
-        assert_eq!(threads(&one_and_many, Group::Expert), 1);
+        assert_eq!(threads(&up(&["--experts", "4"])), processors);
+    }
+
+    #[test]
+    fn engines_are_bound_to_processors_in_turn_unless_told_otherwise() {
+        let bound = |args: &[&str], slot| {
+            let args = node_args(&up(args), "127.0.0.1:1", Group::Expert, slot);
+            args.iter().position(|arg| arg == "--bind-from").map(|at| args[at + 1].clone())
+        };
+        assert_eq!(bound(&[], 3).as_deref(), Some("3"));
+        assert_eq!(bound(&["--no-bind"], 3), None);
     }
 
     #[test]

@@ -39,6 +39,8 @@ const LOST_MAX: usize = 64;
 
 /// What the engine needs of the model. [`crate::runner::Runner`] is the real one.
 pub trait ModelRunner: Send + 'static {
+    /// Called first, by the thread that all other calls come from.
+    fn enter(&mut self) {}
     /// Computes a step; blocks.
     ///
     /// # Errors
@@ -69,6 +71,9 @@ pub trait ModelRunner: Send + 'static {
 }
 
 impl ModelRunner for Runner {
+    fn enter(&mut self) {
+        Runner::enter(self);
+    }
     fn step(&mut self, step: &Step<'_>) -> Result<StepOutput, RunError> {
         Runner::step(self, step)
     }

@@ -63,6 +63,7 @@ impl<R: ModelRunner> Worker<R> {
 
     /// Works until it is told to stop or everyone who could tell it anything is gone.
     pub fn run(mut self) {
+        self.runner.enter();
         while self.obey() {
             self.drop_cancelled_and_late();
             self.give_up_failing();

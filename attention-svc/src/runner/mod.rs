@@ -141,6 +141,11 @@ impl Runner {
         })
     }
 
+    /// Called first by the thread that computes: binds it to its processor, if threads are bound.
+    pub fn enter(&mut self) {
+        self.compute.bind_thread();
+    }
+
     /// The model's shape.
     pub fn config(&self) -> &ModelConfig {
         self.trunk.config()

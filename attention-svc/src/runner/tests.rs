@@ -134,7 +134,8 @@ fn fixture(name: &str) -> PathBuf {
 
 fn rig(dir: PathBuf, dtype: Dtype, experts: u16, body_bytes_max: usize) -> Rig {
     let checkpoint = Arc::new(Checkpoint::open(&dir).unwrap());
-    let compute: Arc<dyn Compute> = Arc::new(Cpu::new(CpuOptions { dtype, threads: 1, isa: None }).unwrap());
+    let compute: Arc<dyn Compute> =
+        Arc::new(Cpu::new(CpuOptions { dtype, threads: 1, isa: None, bind_from: None }).unwrap());
     let config = checkpoint.config();
     let moe_layers = config.moe_layers();
     let pack = |layer: &LayerId| -> Vec<Ffn> {

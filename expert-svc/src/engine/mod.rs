@@ -121,6 +121,7 @@ impl Engine {
         let (stop, waker) = (self.stop.clone(), self.parts.transport.waker());
         let thread = std::thread::Builder::new().name("engine".into()).spawn(move || {
             let _ended = OnDrop(Some(ended));
+            self.parts.compute.bind_thread();
             self.run();
         });
         Ok(EngineHandle { thread: thread.map_err(ExpertError::Thread)?, stop, waker })

@@ -4,11 +4,12 @@
 //! - `isa`: what the machine has
 //! - `simd`: sixteen lanes, over which every kernel is written once; `x86`, `neon`, `portable` are its registers
 //! - `gemm`, `attend`: the kernels; `amx`: products on tiles; `table`: them compiled for each instruction set
-//! - `pack`: weights; `rope`: kept angles; `pool`: threads; `tasks`: how products are cut
+//! - `pack`: weights; `rope`: kept angles; `pool`, `bind`: threads; `tasks`: how products are cut
 
 #[cfg(target_arch = "x86_64")]
 mod amx;
 mod attend;
+mod bind;
 mod gemm;
 mod isa;
 #[cfg(target_arch = "aarch64")]
@@ -54,6 +55,9 @@ pub struct CpuOptions {
     pub threads: usize,
     /// The instruction set; `None` takes the best.
     pub isa: Option<Isa>,
+    /// Binds each thread to a processor, from this one on of those that the process may use, counted round; the threads
+    /// that call bind themselves by [`Compute::bind_thread`]. `None`: the system moves threads as it likes.
+    pub bind_from: Option<usize>,
 }
 
 /// The fast backend. Calls may come from several threads at once.
@@ -62,6 +66,7 @@ pub struct Cpu {
     isa: Isa,
     kernels: &'static Kernels,
     pool: Pool,
+    bind_from: Option<usize>,
     ropes: RopeTables,
     scratch: Mutex<Vec<RowBuf>>,
 }
@@ -69,14 +74,14 @@ pub struct Cpu {
 impl Cpu {
     /// A backend on this machine.
     pub fn new(options: CpuOptions) -> Result<Cpu, KernelError> {
-        let CpuOptions { dtype, threads, isa } = options;
+        let CpuOptions { dtype, threads, isa, bind_from } = options;
         let best = Isa::detect(dtype);
         let isa = isa.unwrap_or(best);
         if !isa.is_available() {
             return Err(KernelError::IsaMissing { asked: isa, best });
         }
-        let (kernels, pool) = (Kernels::of(isa), Pool::new(threads)?);
-        Ok(Cpu { dtype, isa, kernels, pool, ropes: RopeTables::default(), scratch: Mutex::default() })
+        let (kernels, pool) = (Kernels::of(isa), Pool::new(threads, bind_from)?);
+        Ok(Cpu { dtype, isa, kernels, pool, bind_from, ropes: RopeTables::default(), scratch: Mutex::default() })
     }
 
     /// The instruction set in use.
@@ -153,6 +158,12 @@ impl Compute for Cpu {
 
     fn dtype(&self) -> Dtype {
         self.dtype
+    }
+
+    fn bind_thread(&self) {
+        if let Some(first) = self.bind_from {
+            bind::bind_thread(first);
+        }
     }
 
     fn layout(&self) -> String {

@@ -5,9 +5,10 @@
 //! sleeps. The caller works too, and waits only for threads that took a task: one that is late finds nothing left to do.
 
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, TryLockError};
 use std::time::{Duration, Instant};
 
+use super::bind::bind_thread;
 use crate::KernelError;
 
 /// Most threads of one backend.
@@ -65,7 +66,8 @@ impl Job<'_> {
 }
 
 impl Pool {
-    pub fn new(threads: usize) -> Result<Pool, KernelError> {
+    /// `threads` with the caller's; the others are bound to processors after number `bind_from`, if there is one.
+    pub fn new(threads: usize, bind_from: Option<usize>) -> Result<Pool, KernelError> {
         if threads == 0 || threads > THREADS_MAX {
             return Err(KernelError::Threads { asked: threads, max: THREADS_MAX });
         }
@@ -81,7 +83,12 @@ impl Pool {
         let mut pool = Pool { shared, others: Vec::new(), threads, caller: Mutex::new(()) };
         for i in 1..threads {
             let shared = pool.shared.clone();
-            let thread = std::thread::Builder::new().name(format!("compute-{i}")).spawn(move || shared.serve());
+            let thread = std::thread::Builder::new().name(format!("compute-{i}")).spawn(move || {
+                if let Some(first) = bind_from {
+                    bind_thread(first + i);
+                }
+                shared.serve();
+            });
             pool.others.push(thread.map_err(|source| KernelError::Pool { threads, source })?);
         }
         Ok(pool)
@@ -103,8 +110,14 @@ impl Pool {
     pub fn run(&self, tasks: usize, cost: u64, body: impl Fn(usize) + Sync) {
         let job = Job { body: &body, tasks, next: AtomicUsize::new(0), panicked: AtomicBool::new(false) };
         let shared = self.threads > 1 && tasks > 1 && cost >= SHARE_COST_MIN;
-        match self.caller.try_lock() {
-            Ok(guard) if shared => self.share(&job, guard),
+        let caller = match self.caller.try_lock() {
+            Ok(guard) => Some(guard),
+            // A call that panicked took its job back all the same.
+            Err(TryLockError::Poisoned(guard)) => Some(guard.into_inner()),
+            Err(TryLockError::WouldBlock) => None,
+        };
+        match caller {
+            Some(guard) if shared => self.share(&job, guard),
             _ => job.work(),
         }
         if job.panicked.into_inner() {
@@ -175,7 +188,7 @@ impl Shared {
         let (started, mut looks) = (Instant::now(), 0);
         while !news() {
             pause(&mut looks);
-            if looks % LOOKS_PER_YIELD == 0 && started.elapsed() >= SPIN_MAX {
+            if looks.is_multiple_of(LOOKS_PER_YIELD) && started.elapsed() >= SPIN_MAX {
                 let mut guard = self.asleep.lock().unwrap_or_else(PoisonError::into_inner);
                 self.sleeping.fetch_add(1, Ordering::SeqCst);
                 while !news() {
@@ -191,7 +204,7 @@ impl Shared {
 /// One look's pause; offers the processor to others now and then.
 fn pause(looks: &mut usize) {
     *looks = looks.wrapping_add(1);
-    if *looks % LOOKS_PER_YIELD == 0 { std::thread::yield_now() } else { std::hint::spin_loop() }
+    if looks.is_multiple_of(LOOKS_PER_YIELD) { std::thread::yield_now() } else { std::hint::spin_loop() }
 }
 
 /// A slice that tasks write disjoint parts of.
@@ -235,7 +248,7 @@ mod tests {
     #[test]
     fn every_task_runs_exactly_once_on_any_number_of_threads() {
         for threads in [1, 2, 5] {
-            let pool = Pool::new(threads).unwrap();
+            let pool = Pool::new(threads, None).unwrap();
             for (tasks, cost) in [(0, u64::MAX), (1, u64::MAX), (100, u64::MAX), (100, 1)] {
                 let runs: Vec<AtomicUsize> = (0..tasks).map(|_| AtomicUsize::new(0)).collect();
                 pool.run(tasks, cost, |task| {
@@ -248,7 +261,7 @@ mod tests {
 
     #[test]
     fn no_threads_and_too_many_are_errors() {
-        assert!(matches!(Pool::new(0), Err(KernelError::Threads { .. })));
-        assert!(matches!(Pool::new(THREADS_MAX + 1), Err(KernelError::Threads { .. })));
+        assert!(matches!(Pool::new(0, None), Err(KernelError::Threads { .. })));
+        assert!(matches!(Pool::new(THREADS_MAX + 1, None), Err(KernelError::Threads { .. })));
     }
 }

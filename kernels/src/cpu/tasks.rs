@@ -89,7 +89,7 @@ mod tests {
 
     #[test]
     fn tasks_cover_every_element_exactly_once() {
-        let pool = Pool::new(3).unwrap();
+        let pool = Pool::new(3, None).unwrap();
         for (rows, blocks) in [(0, 3), (1, 1), (1, 64), (7, 5), (100, 2), (513, 9)] {
             let product = Product {
                 weights: &[],

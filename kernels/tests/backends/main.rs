@@ -15,7 +15,7 @@ pub(crate) const DTYPES: [Dtype; 2] = [Dtype::F32, Dtype::Bf16];
 
 /// A backend for every instruction set of this machine.
 pub(crate) fn backends(dtype: Dtype, threads: usize) -> Vec<Cpu> {
-    let options = |isa| CpuOptions { dtype, threads, isa: Some(isa) };
+    let options = |isa| CpuOptions { dtype, threads, isa: Some(isa), bind_from: None };
     Isa::ALL.into_iter().filter(|isa| isa.is_available()).map(|isa| Cpu::new(options(isa)).unwrap()).collect()
 }
 
@@ -87,14 +87,16 @@ pub(crate) fn assert_same_bits(what: &str, got: &[f32], want: &[f32]) {
 #[test]
 fn an_instruction_set_that_the_machine_lacks_is_refused_by_name() {
     for isa in Isa::ALL.into_iter().filter(|isa| !isa.is_available()) {
-        let error = Cpu::new(CpuOptions { dtype: Dtype::F32, threads: 1, isa: Some(isa) }).err().unwrap();
+        let error =
+            Cpu::new(CpuOptions { dtype: Dtype::F32, threads: 1, isa: Some(isa), bind_from: None }).err().unwrap();
         assert!(error.to_string().contains(isa.as_str()), "{error}");
     }
 }
 
 #[test]
 fn a_backend_names_what_it_runs_on() {
-    let cpu = Cpu::new(CpuOptions { dtype: Dtype::Bf16, threads: 2, isa: Some(Isa::Portable) }).unwrap();
+    let cpu =
+        Cpu::new(CpuOptions { dtype: Dtype::Bf16, threads: 2, isa: Some(Isa::Portable), bind_from: None }).unwrap();
     assert_eq!(cpu.name(), "cpu portable bf16 threads=2");
 }
 

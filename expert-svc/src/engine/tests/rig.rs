@@ -68,7 +68,7 @@ impl Rig {
         let bound = LocalBound::bind(hub.clone(), "", window()).unwrap();
         let transport = Box::new(bound).start(credentials(Role::Expert, SLOT)).unwrap();
         let compute: Arc<dyn Compute> =
-            Arc::new(Cpu::new(CpuOptions { dtype: Dtype::F32, threads: 1, isa: None }).unwrap());
+            Arc::new(Cpu::new(CpuOptions { dtype: Dtype::F32, threads: 1, isa: None, bind_from: None }).unwrap());
         let loader = Arc::new(Loader::new(Checkpoint::open(fixture()).unwrap(), Packer::new(compute.clone()), 0));
         let (tables, counters) = (Arc::new(Tables::default()), Arc::new(Counters::default()));
         let (addr, waker) = (transport.local_addr().to_owned(), transport.waker());
