@@ -390,7 +390,7 @@ mod tests {
     fn every_node_has_all_processors_unless_told_otherwise() {
         assert_eq!(threads(&up(&["--threads", "5"])), 5);
         let processors = std::thread::available_parallelism().map_or(1, usize::from);
-        assert_eq!(threads(&up(&["--experts", "4"])), processors);
+        assert_eq!(threads(&up(&[])), processors);
     }
 
     #[test]
