@@ -110,15 +110,12 @@ impl Pool {
     pub fn run(&self, tasks: usize, cost: u64, body: impl Fn(usize) + Sync) {
         let job = Job { body: &body, tasks, next: AtomicUsize::new(0), panicked: AtomicBool::new(false) };
         let shared = self.threads > 1 && tasks > 1 && cost >= SHARE_COST_MIN;
-        let caller = match self.caller.try_lock() {
-            Ok(guard) => Some(guard),
-            // A call that panicked took its job back all the same.
-            Err(TryLockError::Poisoned(guard)) => Some(guard.into_inner()),
-            Err(TryLockError::WouldBlock) => None,
-        };
+        let caller = if shared { self.caller.try_lock() } else { Err(TryLockError::WouldBlock) };
         match caller {
-            Some(guard) if shared => self.share(&job, guard),
-            _ => job.work(),
+            Ok(guard) => self.share(&job, guard),
+            // A call that panicked took its job back all the same.
+            Err(TryLockError::Poisoned(guard)) => self.share(&job, guard.into_inner()),
+            Err(TryLockError::WouldBlock) => job.work(),
         }
         if job.panicked.into_inner() {
             panic!("a task on another thread panicked");
