@@ -32,7 +32,8 @@ pub fn run(transports: &[TransportKind], block: Duration) -> Result<Report, Benc
         memcpy_memory_bytes_per_s: raw::memcpy_rate(64 << 20, MEMCPY_TIME),
         memcpy_cache_bytes_per_s: raw::memcpy_rate(raw::wire_bytes(ROWS_MAX).0, MEMCPY_TIME),
         waiting: format!(
-            "ours, sockets and queues spin {spin:?} and then sleep; plain ucp and ucx_perftest spin for ever"
+            "ours spins as long as waits have been, at most {spin:?}, sockets and queues {spin:?}; then they sleep; plain ucp and \
+             ucx_perftest spin for ever"
         ),
         ratio_goal: RATIO_GOAL,
         figures: Vec::new(),

@@ -21,8 +21,8 @@ pub mod frame;
 pub mod handshake;
 pub mod local;
 pub mod open;
-pub mod spin;
-mod stats;
+mod spin;
+pub mod stats;
 pub mod tcp;
 pub mod ucx;
 
