@@ -10,6 +10,7 @@
 //! - [`error`] and [`stats`]: what went wrong, and how much went well
 //! - [`local`], [`tcp`], [`ucx`]: the backends
 //! - [`choose`](mod@choose): which backend, and why not the faster one
+//! - `spin`: how long a blocked wait spins before it sleeps
 //! - [`open`]: [`bind`] and [`client`], which choose one
 
 #![deny(unsafe_code)]

@@ -170,12 +170,12 @@ impl BenchArgs {
 }
 
 #[cfg(test)]
-mod tests {
+pub(super) mod tests {
     use super::*;
     use crate::cli::{Cli, Command};
     use clap::Parser;
 
-    fn parse(flags: &[&str]) -> Result<BenchArgs, clap::Error> {
+    pub(in crate::bench) fn parse(flags: &[&str]) -> Result<BenchArgs, clap::Error> {
         let cli = Cli::try_parse_from(["meshctl", "bench"].iter().chain(flags))?;
         match cli.command {
             Command::Bench(args) => Ok(args),

@@ -65,16 +65,7 @@ fn kernel_args(args: &BenchArgs) -> Vec<OsString> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::cli::{Cli, Command};
-    use clap::Parser;
-
-    fn parse(flags: &[&str]) -> Result<BenchArgs, clap::Error> {
-        let cli = Cli::try_parse_from(["meshctl", "bench"].iter().chain(flags))?;
-        match cli.command {
-            Command::Bench(args) => Ok(args),
-            other => panic!("{other:?}"),
-        }
-    }
+    use crate::bench::args::tests::parse;
 
     #[test]
     fn flags_are_handed_on() {
