@@ -1,5 +1,6 @@
 //! What the CPU backend reaches beside what this machine can do: products, expert FFNs and attention as shares of its
-//! arithmetic from registers and its streaming read.
+//! arithmetic from registers and its streaming read. With `--invariance`, beside variants of the same kernels that break
+//! batch invariance: what the promise costs.
 
 use std::fmt::Write as _;
 
@@ -7,7 +8,9 @@ use clap::Args;
 use mesh_kernels::cpu::{Cpu, CpuOptions, Isa};
 use mesh_kernels::kv::KvShape;
 use mesh_kernels::rows::{MatrixView, RowBuf};
-use mesh_kernels::{AttentionShape, Compute, Dtype, Ffn, FfnGroup, KV_PAGE_TOKENS, KernelError, Matrix, QueryRow};
+use mesh_kernels::{
+    AttentionShape, Compute, Dtype, Ffn, FfnGroup, KV_PAGE_TOKENS, KernelError, Matrix, QueryRow, Term,
+};
 use serde::Serialize;
 
 use crate::about::{JsonArg, processors};
@@ -20,7 +23,11 @@ const HEADS: usize = 16;
 const KV_HEADS: usize = 4;
 const HEAD_DIM: usize = 64;
 /// Rows of a product.
-const ROWS: [usize; 7] = [1, 4, 8, 12, 16, 64, 512];
+const ROWS: [usize; 9] = [1, 2, 3, 4, 8, 12, 16, 64, 512];
+/// Contributions to a row.
+const TOP_K: usize = 8;
+/// How often each kernel and its variant are measured in turn.
+const ROUNDS: usize = 5;
 
 /// `mesh-bench kernels`.
 #[derive(Clone, Debug, Args)]
@@ -32,6 +39,9 @@ pub struct KernelsArgs {
     /// bf16 alone leaves f32 at its own best.
     #[arg(long, value_name = "NAME")]
     pub isa: Option<Isa>,
+    /// Measures instead what batch invariance costs: each kernel and its variant that breaks it, in turn.
+    #[arg(long)]
+    pub invariance: bool,
     /// Where the results go.
     #[command(flatten)]
     pub json: JsonArg,
@@ -42,6 +52,34 @@ pub struct KernelsArgs {
 pub struct Report {
     /// One for each dtype.
     pub backends: Vec<Backend>,
+    /// One for each dtype, with `--invariance`.
+    pub invariance: Vec<Invariance>,
+}
+
+/// One backend beside its variant that breaks invariance.
+#[derive(Debug, Serialize)]
+pub struct Invariance {
+    /// Its name.
+    pub backend: String,
+    /// The kernels, with several numbers of rows.
+    pub cases: Vec<InvarianceCase>,
+}
+
+/// A kernel and its variant.
+#[derive(Debug, Serialize)]
+pub struct InvarianceCase {
+    /// `linear`, `ffn`, `attention`, `combine`.
+    pub name: &'static str,
+    /// Rows.
+    pub rows: usize,
+    /// Tokens of the sequence, or contributions to a row.
+    pub over: usize,
+    /// Microseconds of the invariant kernel, the median of its rounds.
+    pub us: f64,
+    /// Of the variant.
+    pub breaking_us: f64,
+    /// The median over the rounds of the one divided by the other, less 1: negative where the invariant one is faster.
+    pub cost: f64,
 }
 
 /// One backend's figures.
@@ -104,12 +142,63 @@ pub struct AttentionCase {
 /// # Errors
 /// The backend cannot be made on this machine.
 pub fn run(args: &KernelsArgs) -> Result<Report, BenchError> {
-    let mut backends = Vec::new();
+    let mut report = Report { backends: Vec::new(), invariance: Vec::new() };
     for dtype in [Dtype::Bf16, Dtype::F32] {
         let isa = args.isa.filter(|isa| isa.suits(dtype));
-        backends.push(backend(CpuOptions { dtype, threads: args.threads.into(), isa, bind_from: None })?);
+        let options = CpuOptions { dtype, threads: args.threads.into(), isa, bind_from: None };
+        if args.invariance {
+            report.invariance.push(invariance(options)?);
+        } else {
+            report.backends.push(backend(options)?);
+        }
     }
-    Ok(Report { backends })
+    Ok(report)
+}
+
+fn invariance(options: CpuOptions) -> Result<Invariance, KernelError> {
+    let (cpu, breaking) = (Cpu::new(options)?, Cpu::breaking_invariance(options)?);
+    let mut rounds = Vec::new();
+    for _ in 0..ROUNDS {
+        rounds.push((measured(&cpu)?, measured(&breaking)?));
+    }
+    let cases = (0..rounds[0].0.len()).map(|case| {
+        let all = |of: fn(f64, f64) -> f64| median(rounds.iter().map(|(a, b)| of(a[case].1, b[case].1)).collect());
+        let ((name, rows, over), _) = rounds[0].0[case];
+        InvarianceCase {
+            name,
+            rows,
+            over,
+            us: all(|a, _| a * 1e6),
+            breaking_us: all(|_, b| b * 1e6),
+            cost: all(|a, b| a / b - 1.0),
+        }
+    });
+    Ok(Invariance { backend: cpu.name(), cases: cases.collect() })
+}
+
+/// Name, rows and length of each case, and its seconds.
+type Measured = Vec<((&'static str, usize, usize), f64)>;
+
+fn measured(cpu: &Cpu) -> Result<Measured, KernelError> {
+    let mut all = Vec::new();
+    for (m, seconds) in ROWS.into_iter().zip(linear_seconds(cpu, HIDDEN, HIDDEN)?) {
+        all.push((("linear", m, HIDDEN), seconds));
+    }
+    for (m, seconds) in ROWS.into_iter().zip(ffn_seconds(cpu)?) {
+        all.push((("ffn", m, HIDDEN), seconds));
+    }
+    for (rows, tokens) in [(1, 128), (1, 1024), (1, 8192), (64, 512), (512, 512)] {
+        all.push((("attention", rows, tokens), attention_seconds(cpu, rows, tokens)?));
+    }
+    for rows in [1, 32, 512] {
+        all.push((("combine", rows, TOP_K), combine_seconds(cpu, rows)?));
+    }
+    Ok(all)
+}
+
+fn median(mut values: Vec<f64>) -> f64 {
+    values.sort_by(f64::total_cmp);
+    values[values.len() / 2]
 }
 
 fn backend(options: CpuOptions) -> Result<Backend, KernelError> {
@@ -224,6 +313,15 @@ fn attention_seconds(cpu: &Cpu, rows: usize, tokens: usize) -> Result<f64, Kerne
     Ok(best_seconds(|| cpu.attention(&cache, 0, &q, width, &queries, shape, out.as_rows_mut())))
 }
 
+/// Seconds of a combine of [`TOP_K`] contributions to each of `rows` rows.
+fn combine_seconds(cpu: &Cpu, rows: usize) -> Result<f64, KernelError> {
+    let outputs = written_rows(cpu.dtype(), rows * TOP_K, HIDDEN)?;
+    let outputs = outputs.as_rows();
+    let terms: Vec<Term<'_>> = (0..rows * TOP_K).map(|row| Term { weight: 0.125, row: outputs.row(row) }).collect();
+    let mut residual = vec![0f32; rows * HIDDEN];
+    Ok(best_seconds(|| cpu.combine(&mut residual, HIDDEN, TOP_K, &terms)))
+}
+
 fn attention_case(rows: usize, tokens: usize, seconds: f64, limits: Limits) -> AttentionCase {
     let pairs: usize = (tokens - rows..tokens).map(|position| position + 1).sum();
     let gflops = (4 * pairs * HEADS * HEAD_DIM) as f64 / seconds / 1e9;
@@ -233,7 +331,22 @@ fn attention_case(rows: usize, tokens: usize, seconds: f64, limits: Limits) -> A
 impl Report {
     /// As text.
     pub fn table(&self) -> String {
-        self.backends.iter().map(Backend::table).collect()
+        self.backends.iter().map(Backend::table).chain(self.invariance.iter().map(Invariance::table)).collect()
+    }
+}
+
+impl Invariance {
+    fn table(&self) -> String {
+        let mut text = String::new();
+        // Writing to a string cannot fail.
+        let _ = writeln!(text, "{}, what batch invariance costs (medians of {ROUNDS} rounds in turn)", self.backend);
+        let _ =
+            writeln!(text, "  {:10} {:>5} {:>6} {:>12} {:>12} {:>8}", "", "rows", "over", "us", "breaking us", "cost");
+        for InvarianceCase { name, rows, over, us, breaking_us, cost } in &self.cases {
+            let cost = 100.0 * cost;
+            let _ = writeln!(text, "  {name:10} {rows:>5} {over:>6} {us:>12.1} {breaking_us:>12.1} {cost:>+7.1}%");
+        }
+        text
     }
 }
 

@@ -2,7 +2,7 @@
 //! how many rows, threads or nodes share the work (invariant 1).
 //!
 //! - A GEMM output element has one accumulator, walked over K in one fixed order.
-//! - Attention walks the KV sequence in pages of [`KV_PAGE_TOKENS`], in order, the same in prefill and decode.
+//! - Attention walks the KV sequence in pages of [`KV_PAGE_TOKENS`], in order and in the same steps in prefill and decode.
 //!
 //! # Layout
 //! - [`Compute`]: the trait that a backend implements
@@ -32,7 +32,7 @@ use rows::{MatrixView, Rows, RowsMut};
 pub use error::KernelError;
 pub use matrix::{Ffn, Matrix};
 
-/// Tokens in a page of the KV cache, which is also the step in which attention reduces over the sequence.
+/// Tokens in a page of the KV cache; attention reduces over the sequence in steps of whole pages.
 pub const KV_PAGE_TOKENS: usize = 32;
 
 /// The type that operands are held in; sums are always f32.

@@ -93,26 +93,34 @@ pub(crate) fn rotate_heads(heads: &mut [f32], angles: &[f32]) {
 /// `residual += sum(weight * term)`, the sum taken from zero in order.
 #[inline(always)]
 pub(crate) fn combine_row(dtype: Dtype, residual: &mut [f32], terms: &[Term<'_>]) {
-    for (chunk, residual) in residual.chunks_mut(CHUNK).enumerate() {
+    match dtype {
+        Dtype::F32 => combine_as::<4>(residual, terms, f32::from_le_bytes),
+        Dtype::Bf16 => combine_as::<2>(residual, terms, |bytes| bf16::widen(u16::from_le_bytes(bytes))),
+    }
+}
+
+/// The same of elements of `BYTES` bytes. Whole chunks stay in registers while their terms pass by.
+#[inline(always)]
+fn combine_as<const BYTES: usize>(residual: &mut [f32], terms: &[Term<'_>], widen: impl Fn([u8; BYTES]) -> f32) {
+    let (whole, rest) = residual.as_chunks_mut::<CHUNK>();
+    let done = whole.len() * CHUNK;
+    for (chunk, residual) in whole.iter_mut().enumerate() {
         let mut sums = [0f32; CHUNK];
-        let (start, len) = (chunk * CHUNK * dtype.bytes(), residual.len());
         for term in terms {
-            let bytes = &term.row[start..start + len * dtype.bytes()];
-            match dtype {
-                Dtype::F32 => {
-                    for (sum, &value) in sums.iter_mut().zip(bytes.as_chunks().0) {
-                        *sum += term.weight * f32::from_le_bytes(value);
-                    }
-                }
-                Dtype::Bf16 => {
-                    for (sum, &value) in sums.iter_mut().zip(bytes.as_chunks().0) {
-                        *sum += term.weight * bf16::widen(u16::from_le_bytes(value));
-                    }
-                }
+            let (values, _) = term.row[chunk * CHUNK * BYTES..][..CHUNK * BYTES].as_chunks::<BYTES>();
+            for i in 0..CHUNK {
+                sums[i] += term.weight * widen(values[i]);
             }
         }
-        for (residual, sum) in residual.iter_mut().zip(&sums) {
-            *residual += sum;
+        for i in 0..CHUNK {
+            residual[i] += sums[i];
         }
+    }
+    for (i, residual) in rest.iter_mut().enumerate() {
+        let mut sum = 0f32;
+        for term in terms {
+            sum += term.weight * widen(term.row.as_chunks::<BYTES>().0[done + i]);
+        }
+        *residual += sum;
     }
 }

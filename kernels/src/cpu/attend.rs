@@ -1,4 +1,5 @@
-//! Attention: an online softmax for each (row, head), over the pages that it sees, in order.
+//! Attention: an online softmax for each (row, head), over the pages that it sees, in order. A step of the softmax is
+//! [`STEP_PAGES`] pages, always from a multiple of them on, so that every query meets the same steps.
 //!
 //! Up to `Simd::QUERIES` (row, head) pairs of one sequence and KV head walk the pages together so that K and V are
 //! loaded once; each keeps its own state, and who walks beside it changes nothing of what it computes.
@@ -34,6 +35,10 @@ pub(crate) struct Attend<'a> {
     pub out_stride: usize,
 }
 
+/// Pages of one step of the softmax: its exponentials and what it scales are the fewer the longer the step, its scores
+/// must stay in the first-level cache.
+pub(crate) const STEP_PAGES: usize = 8;
+
 /// One (row, head) pair on its way.
 #[derive(Clone, Copy)]
 struct Query {
@@ -49,11 +54,18 @@ struct Query {
 #[repr(C, align(64))]
 struct Weights([[f32; KV_PAGE_TOKENS]; QUERIES_MAX]);
 
-/// Computes all of `a`.
+impl Weights {
+    const fn zeroed() -> Weights {
+        Weights([[0.0; KV_PAGE_TOKENS]; QUERIES_MAX])
+    }
+}
+
+/// Computes all of `a` in steps of `STEP` pages; `FIXED`: from multiples of them on, else from where each walk begins, which
+/// depends on the queries in it.
 /// # Safety
 /// `out` has room for the rows, whose columns of this KV head's queries nobody else touches; the entry checks passed.
 #[inline(always)]
-pub(crate) unsafe fn attend<S: Simd>(s: S, a: &Attend<'_>, sums: &mut Vec<f32>) {
+pub(crate) unsafe fn attend<S: Simd, const STEP: usize, const FIXED: bool>(s: S, a: &Attend<'_>, sums: &mut Vec<f32>) {
     let pairs = a.rows.len() * a.group;
     sums.clear();
     sums.resize(QUERIES_MAX * a.cache.v_stride(), 0.0);
@@ -63,13 +75,13 @@ pub(crate) unsafe fn attend<S: Simd>(s: S, a: &Attend<'_>, sums: &mut Vec<f32>) 
         // SAFETY: pairs `pair..pair + N` exist; the rest is the caller's promise.
         unsafe {
             if S::QUERIES >= 4 && left >= 4 {
-                walk::<S, 4>(s, a, pair, sums);
+                walk::<S, 4, STEP, FIXED>(s, a, pair, sums);
                 pair += 4;
             } else if S::QUERIES >= 2 && left >= 2 {
-                walk::<S, 2>(s, a, pair, sums);
+                walk::<S, 2, STEP, FIXED>(s, a, pair, sums);
                 pair += 2;
             } else {
-                walk::<S, 1>(s, a, pair, sums);
+                walk::<S, 1, STEP, FIXED>(s, a, pair, sums);
                 pair += 1;
             }
         }
@@ -79,8 +91,13 @@ pub(crate) unsafe fn attend<S: Simd>(s: S, a: &Attend<'_>, sums: &mut Vec<f32>) 
 /// # Safety
 /// As `attend`, for `N` pairs from `first_pair`.
 #[inline(always)]
-unsafe fn walk<S: Simd, const N: usize>(s: S, a: &Attend<'_>, first_pair: usize, sums: &mut [f32]) {
-    let (dtype, dim, stride) = (a.cache.dtype(), a.cache.shape().head_dim, a.cache.v_stride());
+unsafe fn walk<S: Simd, const N: usize, const STEP: usize, const FIXED: bool>(
+    s: S,
+    a: &Attend<'_>,
+    first_pair: usize,
+    sums: &mut [f32],
+) {
+    let (dtype, stride) = (a.cache.dtype(), a.cache.v_stride());
     let mut queries = [query(a, first_pair); N];
     for i in 1..N {
         queries[i] = query(a, first_pair + i);
@@ -92,39 +109,71 @@ unsafe fn walk<S: Simd, const N: usize>(s: S, a: &Attend<'_>, first_pair: usize,
     }
     sums[..N * stride].fill(0.0);
     let pages = a.rows[first_pair / a.group].pages;
-    let mut weights = Weights([[0.0; KV_PAGE_TOKENS]; QUERIES_MAX]);
-    while page <= last {
-        let start = page * KV_PAGE_TOKENS;
-        if !seen_by_any(&queries, start) {
-            // Between windows that lie far apart: the page may be another sequence's by now.
-            page += 1;
-            continue;
-        }
-        let k = a.cache.k_block(a.layer, pages[page], a.kv_head);
-        let v = a.cache.v_block(a.layer, pages[page], a.kv_head).as_ptr();
+    let mut weights = [const { Weights::zeroed() }; STEP];
+    let mut step = if FIXED { page - page % STEP } else { page };
+    while step <= last {
         // SAFETY: K and V are whole blocks of the cache; sums hold N rows of `stride`.
         unsafe {
-            scores::<S, N>(s, a, &queries, k.as_ptr(), &mut weights);
-            let mut together = true;
-            let first_range = visible(&queries[0], start);
-            for i in 0..N {
-                let range = visible(&queries[i], start);
-                together &= range == first_range;
-                if range.0 < range.1 {
-                    soften(s, &mut queries[i], &mut weights.0[i], range, &mut sums[i * stride..][..stride]);
+            let (mut parts, mut count, mut together) = ([Part::nothing(); STEP], 0, true);
+            for at in 0..STEP.min(last + 1 - step) {
+                let start = (step + at) * KV_PAGE_TOKENS;
+                // Outside of all windows: the page may be another sequence's by now.
+                if !seen_by_any(&queries, start) {
+                    continue;
                 }
+                let k = a.cache.k_block(a.layer, pages[step + at], a.kv_head);
+                scores::<S, N>(s, a, &queries, k.as_ptr(), &mut weights[count]);
+                let v = a.cache.v_block(a.layer, pages[step + at], a.kv_head).as_ptr();
+                let range = visible(&queries[0], start);
+                for query in &queries[1..] {
+                    together &= visible(query, start) == range;
+                }
+                parts[count] = Part { v, start, from: range.0, to: range.1 };
+                count += 1;
+            }
+            let parts = &mut parts[..count];
+            for i in 0..N {
+                soften(s, &mut queries[i], &mut weights, i, parts, &mut sums[i * stride..][..stride]);
             }
             if together {
-                gather::<S, N>(s, dtype, v, stride, &weights, 0, first_range, sums.as_mut_ptr());
+                gather::<S, N>(s, dtype, stride, &weights, 0, parts, sums.as_mut_ptr());
             } else {
                 for i in 0..N {
-                    let at = sums.as_mut_ptr().add(i * stride);
-                    gather::<S, 1>(s, dtype, v, stride, &weights, i, visible(&queries[i], start), at);
+                    for part in parts.iter_mut() {
+                        (part.from, part.to) = visible(&queries[i], part.start);
+                    }
+                    gather::<S, 1>(s, dtype, stride, &weights, i, parts, sums.as_mut_ptr().add(i * stride));
                 }
             }
         }
-        page += 1;
+        step += STEP;
     }
+    // SAFETY: sums hold N rows, and so do the places.
+    unsafe { finish(s, a, &queries, sums) };
+}
+
+/// A page of a step, and which slots of it are seen.
+#[derive(Clone, Copy)]
+struct Part {
+    v: *const u8,
+    /// The page's first position.
+    start: usize,
+    from: usize,
+    to: usize,
+}
+
+impl Part {
+    const fn nothing() -> Part {
+        Part { v: std::ptr::null(), start: 0, from: 0, to: 0 }
+    }
+}
+
+/// Divides each query's sums by its total and stores them.
+/// # Safety
+/// `sums` holds a row for each query, and each query's place has room for a head.
+#[inline(always)]
+unsafe fn finish<S: Simd, const N: usize>(s: S, a: &Attend<'_>, queries: &[Query; N], sums: &[f32]) {
+    let (dtype, dim, stride) = (a.cache.dtype(), a.cache.shape().head_dim, a.cache.v_stride());
     for i in 0..N {
         let total = s.splat(queries[i].total);
         let mut d = 0;
@@ -211,30 +260,40 @@ unsafe fn scores<S: Simd, const N: usize>(
 
 /// One step of the online softmax: scores become weights, and what was summed so far is brought to the new maximum.
 #[inline(always)]
-fn soften<S: Simd>(
-    s: S,
-    query: &mut Query,
-    scores: &mut [f32; KV_PAGE_TOKENS],
-    visible: (usize, usize),
-    sums: &mut [f32],
-) {
-    // Whatever an unseen slot holds, its score is replaced, never computed with.
-    scores[..visible.0].fill(f32::NEG_INFINITY);
-    scores[visible.1..].fill(f32::NEG_INFINITY);
-    let (low, high) = (scores.as_mut_ptr(), scores[LANES..].as_mut_ptr());
+fn soften<S: Simd>(s: S, query: &mut Query, weights: &mut [Weights], i: usize, parts: &[Part], sums: &mut [f32]) {
+    let mut most = s.splat(query.max);
     let mut lanes = [0f32; LANES];
-    // SAFETY: `scores` holds two vectors, `lanes` one, `sums` whole ones.
+    // SAFETY: a row of scores holds two vectors, `lanes` one, `sums` whole ones.
     unsafe {
-        let (a, b) = (s.load(low), s.load(high));
-        s.store(lanes.as_mut_ptr(), s.max(a, b));
+        for (part, weights) in parts.iter().zip(weights.iter_mut()) {
+            let (from, to) = visible(query, part.start);
+            let scores = &mut weights.0[i];
+            // Whatever an unseen slot holds, its score is replaced, never computed with.
+            scores[..from].fill(f32::NEG_INFINITY);
+            scores[to..].fill(f32::NEG_INFINITY);
+            let (low, high) = (scores.as_ptr(), scores[LANES..].as_ptr());
+            most = s.max(s.max(s.load(low), s.load(high)), most);
+        }
+        s.store(lanes.as_mut_ptr(), most);
         let mut max = query.max;
         for lane in lanes {
             max = if lane > max { lane } else { max };
         }
-        let (a, b) = (s.exp(s.sub(a, s.splat(max))), s.exp(s.sub(b, s.splat(max))));
-        s.store(low, a);
-        s.store(high, b);
-        s.store(lanes.as_mut_ptr(), s.add(a, b));
+        if max == f32::NEG_INFINITY {
+            // It sees nothing of this step; nor has it of any before.
+            for weights in weights.iter_mut() {
+                weights.0[i].fill(0.0);
+            }
+            return;
+        }
+        let (most, mut total) = (s.splat(max), s.splat(0.0));
+        for (_, weights) in parts.iter().zip(weights.iter_mut()) {
+            let (low, high) = (weights.0[i].as_mut_ptr(), weights.0[i][LANES..].as_mut_ptr());
+            let (a, b) = (s.exp(s.sub(s.load(low), most)), s.exp(s.sub(s.load(high), most)));
+            s.store(low, a);
+            s.store(high, b);
+            total = s.add(total, s.add(a, b));
+        }
         if max != query.max {
             let factor = s.exp(s.splat(query.max - max));
             let mut d = 0;
@@ -243,28 +302,26 @@ fn soften<S: Simd>(
                 s.store(at, s.mul(s.load(at), factor));
                 d += LANES;
             }
-            let mut factors = [0f32; LANES];
-            s.store(factors.as_mut_ptr(), factor);
-            query.total *= factors[0];
+            s.store(lanes.as_mut_ptr(), factor);
+            query.total *= lanes[0];
             query.max = max;
         }
+        s.store(lanes.as_mut_ptr(), total);
     }
     query.total += sum_lanes(lanes);
 }
 
-/// `sums += weight * v` over the slots `visible`, for `N` rows of weights from `first`.
+/// `sums += weight * v` over the slots seen of `parts`, for `N` rows of weights from `first`.
 /// # Safety
-/// `v` is a block of the cache with rows of `stride`; `sums` holds `N` rows of it.
-#[allow(clippy::too_many_arguments)]
+/// Each `v` is a block of the cache with rows of `stride`; `sums` holds `N` rows of it.
 #[inline(always)]
 unsafe fn gather<S: Simd, const N: usize>(
     s: S,
     dtype: crate::Dtype,
-    v: *const u8,
     stride: usize,
-    weights: &Weights,
+    weights: &[Weights],
     first: usize,
-    visible: (usize, usize),
+    parts: &[Part],
     sums: *mut f32,
 ) {
     let mut d = 0;
@@ -272,13 +329,13 @@ unsafe fn gather<S: Simd, const N: usize>(
         // SAFETY: columns `d..d + 16 * B` exist in V and in the sums.
         unsafe {
             if N <= 2 && stride - d >= 4 * LANES {
-                gather_blocks::<S, N, 4>(s, dtype, v, stride, weights, first, visible, sums, d);
+                gather_blocks::<S, N, 4>(s, dtype, stride, weights, first, parts, sums, d);
                 d += 4 * LANES;
             } else if stride - d >= 2 * LANES {
-                gather_blocks::<S, N, 2>(s, dtype, v, stride, weights, first, visible, sums, d);
+                gather_blocks::<S, N, 2>(s, dtype, stride, weights, first, parts, sums, d);
                 d += 2 * LANES;
             } else {
-                gather_blocks::<S, N, 1>(s, dtype, v, stride, weights, first, visible, sums, d);
+                gather_blocks::<S, N, 1>(s, dtype, stride, weights, first, parts, sums, d);
                 d += LANES;
             }
         }
@@ -292,11 +349,10 @@ unsafe fn gather<S: Simd, const N: usize>(
 unsafe fn gather_blocks<S: Simd, const N: usize, const B: usize>(
     s: S,
     dtype: crate::Dtype,
-    v: *const u8,
     stride: usize,
-    weights: &Weights,
+    weights: &[Weights],
     first: usize,
-    visible: (usize, usize),
+    parts: &[Part],
     sums: *mut f32,
     d: usize,
 ) {
@@ -308,13 +364,15 @@ unsafe fn gather_blocks<S: Simd, const N: usize, const B: usize>(
                 acc[i][b] = s.load(sums.add(i * stride + d + b * LANES));
             }
         }
-        for slot in visible.0..visible.1 {
-            let row = v.add((slot * stride + d) * dtype.bytes());
-            for b in 0..B {
-                let value = s.load_as(dtype, row.add(b * LANES * dtype.bytes()));
-                for i in 0..N {
-                    let weight = s.splat(*weights.0[first + i].as_ptr().add(slot));
-                    acc[i][b] = s.fma(weight, value, acc[i][b]);
+        for (part, weights) in parts.iter().zip(weights) {
+            for slot in part.from..part.to {
+                let row = part.v.add((slot * stride + d) * dtype.bytes());
+                for b in 0..B {
+                    let value = s.load_as(dtype, row.add(b * LANES * dtype.bytes()));
+                    for i in 0..N {
+                        let weight = s.splat(*weights.0[first + i].as_ptr().add(slot));
+                        acc[i][b] = s.fma(weight, value, acc[i][b]);
+                    }
                 }
             }
         }

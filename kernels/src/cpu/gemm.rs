@@ -16,7 +16,7 @@ use crate::matrix::LANES;
 /// Outputs of a tile.
 pub(crate) const TILE_COLS: usize = TILE_BLOCKS * LANES;
 /// How far ahead of a single row's product the weights are asked for: the processor's own prefetchers stop at pages.
-const PREFETCH_BYTES: usize = 2048;
+pub(crate) const PREFETCH_BYTES: usize = 2048;
 
 /// Fewer rows than this are never one of several passes: seven are four and three.
 const AHEAD_ROWS_MIN: usize = 3;
@@ -263,7 +263,7 @@ unsafe fn kernel<S: Simd, const BF16: bool, const MR: usize, const NR: usize, co
         let steps = if BF16 { panel.k / 2 } else { panel.k };
         for step in 0..steps {
             let at = w.add(step * LANES * 4);
-            if MR == 1 {
+            if !AHEAD {
                 for j in 0..NR {
                     s.prefetch(at.wrapping_add(j * panel.block_bytes + PREFETCH_BYTES));
                 }

@@ -4,6 +4,7 @@
 //! - `isa`: what the machine has
 //! - `simd`: sixteen lanes, over which every kernel is written once; `x86`, `neon`, `portable` are its registers
 //! - `gemm`, `attend`: the kernels; `amx`: products on tiles; `table`: them compiled for each instruction set
+//! - `variants`: what breaks invariance, for benchmarks alone
 //! - `pack`: weights; `rope`: kept angles; `pool`, `bind`: threads; `tasks`: how products are cut
 
 #[cfg(target_arch = "x86_64")]
@@ -21,6 +22,7 @@ mod rope;
 mod simd;
 mod table;
 mod tasks;
+mod variants;
 #[cfg(target_arch = "x86_64")]
 mod x86;
 
@@ -69,6 +71,7 @@ pub struct Cpu {
     bind_from: Option<usize>,
     ropes: RopeTables,
     scratch: Mutex<Vec<RowBuf>>,
+    breaks_invariance: bool,
 }
 
 impl Cpu {
@@ -81,7 +84,23 @@ impl Cpu {
             return Err(KernelError::IsaMissing { asked: isa, best });
         }
         let (kernels, pool) = (Kernels::of(isa), Pool::new(threads, bind_from)?);
-        Ok(Cpu { dtype, isa, kernels, pool, bind_from, ropes: RopeTables::default(), scratch: Mutex::default() })
+        Ok(Cpu {
+            dtype,
+            isa,
+            kernels,
+            pool,
+            bind_from,
+            ropes: RopeTables::default(),
+            scratch: Mutex::default(),
+            breaks_invariance: false,
+        })
+    }
+
+    /// A backend of kernels whose results depend on how many rows a call has, to measure what invariance costs. Its
+    /// [`Compute::kind`] is a name that no mesh agrees to beside others.
+    pub fn breaking_invariance(options: CpuOptions) -> Result<Cpu, KernelError> {
+        let cpu = Cpu::new(options)?;
+        Ok(Cpu { kernels: Kernels::breaking_invariance(cpu.isa), breaks_invariance: true, ..cpu })
     }
 
     /// The instruction set in use.
@@ -153,7 +172,8 @@ impl Compute for Cpu {
     }
 
     fn kind(&self) -> String {
-        format!("cpu {}", self.isa)
+        let breaks = if self.breaks_invariance { " breaking invariance" } else { "" };
+        format!("cpu {}{breaks}", self.isa)
     }
 
     fn dtype(&self) -> Dtype {

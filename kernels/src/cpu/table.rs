@@ -1,10 +1,11 @@
 //! The kernels' entries, compiled once for each instruction set, and the table that holds one set of them.
 
-use super::attend::{Attend, attend};
+use super::attend::{Attend, STEP_PAGES, attend};
 use super::gemm::{Product, product};
 use super::isa::Isa;
 use super::portable::Portable;
 use super::simd::{ROWS_MAX, Simd};
+use super::variants;
 use crate::matrix::LANES;
 use crate::rows::narrow_into;
 use crate::{Dtype, Term, pointwise};
@@ -41,6 +42,23 @@ impl Kernels {
             #[cfg(target_arch = "aarch64")]
             Isa::Neon => &neon::KERNELS,
             _ => &portable::KERNELS,
+        }
+    }
+
+    /// Those that break invariance, for benchmarks.
+    pub fn breaking_invariance(isa: Isa) -> &'static Kernels {
+        match isa {
+            #[cfg(target_arch = "x86_64")]
+            Isa::AmxBf16 => &amx_bf16::BREAKING,
+            #[cfg(target_arch = "x86_64")]
+            Isa::Avx512Bf16 => &avx512_bf16::BREAKING,
+            #[cfg(target_arch = "x86_64")]
+            Isa::Avx512 => &avx512::BREAKING,
+            #[cfg(target_arch = "x86_64")]
+            Isa::Avx2 => &avx2::BREAKING,
+            #[cfg(target_arch = "aarch64")]
+            Isa::Neon => &neon::BREAKING,
+            _ => &portable::BREAKING,
         }
     }
 }
@@ -134,7 +152,7 @@ macro_rules! entries {
             $(#[target_feature(enable = $features)])?
             unsafe fn attend(a: &Attend<'_>, sums: &mut Vec<f32>) {
                 // SAFETY: as above.
-                unsafe { super::attend($assume, a, sums) }
+                unsafe { super::attend::<_, STEP_PAGES, true>($assume, a, sums) }
             }
 
             $(#[target_feature(enable = $features)])?
@@ -195,6 +213,30 @@ macro_rules! entries {
                 super::read(unsafe { $assume }, bytes)
             }
 
+            $(#[target_feature(enable = $features)])?
+            unsafe fn breaking_product(p: &Product<'_>) {
+                // SAFETY: as above.
+                unsafe { variants::product($assume, p) }
+            }
+
+            $(#[target_feature(enable = $features)])?
+            unsafe fn breaking_attend(a: &Attend<'_>, sums: &mut Vec<f32>) {
+                // SAFETY: as above.
+                unsafe { variants::attend($assume, a, sums) }
+            }
+
+            $(#[target_feature(enable = $features)])?
+            fn breaking_combine_row(dtype: Dtype, residual: &mut [f32], terms: &[Term<'_>]) {
+                variants::combine_row(dtype, residual, terms);
+            }
+
+            pub(super) const BREAKING: Kernels = Kernels {
+                product: breaking_product,
+                attend: breaking_attend,
+                combine_row: breaking_combine_row,
+                ..KERNELS
+            };
+
             pub(super) const KERNELS: Kernels = Kernels {
                 product,
                 attend,
@@ -248,6 +290,8 @@ mod amx_bf16 {
     }
 
     pub(super) const KERNELS: Kernels = Kernels { product, spin, ..avx512_bf16::KERNELS };
+    // A tile of rows costs what one row does, and four tiles of sums are in flight: no other order of K is faster.
+    pub(super) const BREAKING: Kernels = Kernels { product, spin, ..avx512_bf16::BREAKING };
 }
 #[cfg(target_arch = "aarch64")]
 entries!(neon, crate::cpu::neon::Neon::assume(), "neon");

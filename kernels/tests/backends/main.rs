@@ -6,6 +6,7 @@ mod attention;
 mod ffn;
 mod linear;
 mod pointwise;
+mod variants;
 
 use mesh_kernels::cpu::{Cpu, CpuOptions, Isa};
 use mesh_kernels::rows::{MatrixView, RowBuf};
