@@ -19,6 +19,26 @@ pub enum PlacementError {
         /// Nodes there are.
         nodes: usize,
     },
+    /// Less room than there are experts, before any replica.
+    #[error(
+        "{nodes} expert nodes have room for {room} experts and {wanted} need a home: add nodes or give them more room"
+    )]
+    NoRoom {
+        /// Nodes there are.
+        nodes: usize,
+        /// Experts that they hold at most, together.
+        room: usize,
+        /// Experts of all layers.
+        wanted: usize,
+    },
+    /// Loads of another table.
+    #[error("{found} loads for {wanted} experts: give one for each expert of each layer, or none")]
+    WrongLoads {
+        /// Loads found.
+        found: usize,
+        /// Experts of all layers.
+        wanted: usize,
+    },
     /// The table does not have one entry per (layer, expert).
     #[error("placement has {found} entries, {layers} layers x {experts} experts need {}", layers * experts)]
     WrongSize {
