@@ -3,6 +3,7 @@
 //! # Layout
 //! - [`ids`]: newtypes for nodes, slots, layers, experts, views, sequences, lanes
 //! - [`placement`]: which expert slots hold which expert of which layer
+//! - [`balance`]: the next placement, from nodes, load and the placement before it
 //! - [`view`]: the immutable picture of the mesh that every frame names
 //! - [`routing`]: from gate logits to chosen experts ([`routing::Routing`]) and from those to one frame per
 //!   expert node ([`routing::DispatchPlan`])
@@ -10,6 +11,7 @@
 
 #![forbid(unsafe_code)]
 
+pub mod balance;
 pub mod ids;
 pub mod lanes;
 pub mod placement;
