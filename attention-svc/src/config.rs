@@ -54,15 +54,20 @@ pub struct AttentionConfig {
     pub micro_batches: u16,
     /// Rows below which a micro-batch is not cut further.
     pub micro_batch_rows_min: usize,
-    /// How long an expert node's answer may take.
+    /// How long an expert node's answer may take before its rows go to another holder of their experts; four times the
+    /// slowest answer of late, where that is longer.
+    pub silence_min: Duration,
+    /// How long an expert node's answer may take at all.
     pub answer_max: Duration,
     /// How long connecting to one expert node may take.
     pub connect_max: Duration,
-    /// How long requests wait for a view that serves after a step failed for want of a node; zero: they end at once.
+    /// How long requests wait for a mesh that can compute them once a node was lost; zero: they end at once.
     pub recovery_max: Duration,
     /// How long the router may take to be up.
     pub register_for: Duration,
-    /// How long streams may go on when the node is to stop.
+    /// How long a node that lost its membership tries to register again.
+    pub rejoin_for: Duration,
+    /// How long streams may go on, and the router may take to hand them over, when the node is to stop.
     pub drain_max: Duration,
     /// Bounds of the data plane.
     pub transport_limits: Limits,
@@ -84,6 +89,16 @@ impl AttentionConfig {
     /// How long the router may take to be up unless said otherwise.
     pub const REGISTER_FOR: Duration = Duration::from_secs(30);
 
+    /// How long an answer may take before its node counts as silent, unless said otherwise.
+    pub const SILENCE_MIN: Duration = Duration::from_millis(500);
+    /// How long requests wait for lost experts to be held again, unless said otherwise.
+    pub const RECOVERY_MAX: Duration = Duration::from_secs(30);
+
+    /// How long a node that lost its router waits for it unless said otherwise.
+    pub const REJOIN_FOR: Duration = Duration::from_secs(600);
+    /// How long handing over may take unless said otherwise.
+    pub const DRAIN_MAX: Duration = Duration::from_secs(5);
+
     /// A node with everything but its model and its router left at what is usual.
     pub fn new(model_dir: impl Into<PathBuf>, router: impl Into<String>) -> Self {
         Self {
@@ -102,11 +117,13 @@ impl AttentionConfig {
             limits: Self::LIMITS,
             micro_batches: Self::MICRO_BATCHES,
             micro_batch_rows_min: 32,
+            silence_min: Self::SILENCE_MIN,
             answer_max: Duration::from_secs(10),
-            connect_max: Duration::from_secs(5),
-            recovery_max: Duration::ZERO,
+            connect_max: Duration::from_secs(1),
+            recovery_max: Self::RECOVERY_MAX,
             register_for: Self::REGISTER_FOR,
-            drain_max: Duration::from_secs(5),
+            rejoin_for: Self::REJOIN_FOR,
+            drain_max: Self::DRAIN_MAX,
             transport_limits: Limits::default(),
         }
     }

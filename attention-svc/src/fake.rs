@@ -7,7 +7,7 @@ use std::time::Instant;
 use mesh_core::routing::{GateRule, Routing};
 use mesh_core::view::View;
 use mesh_core::{LayerId, Slot, ViewId};
-use mesh_transport::Wake;
+use mesh_transport::{Transport, Wake};
 
 use crate::engine::ModelRunner;
 use crate::runner::{RunError, RunnerCounters, Step, StepOutput};
@@ -199,6 +199,8 @@ impl ModelRunner for FakeRunner {
         self.switch.set(|c| c.serving |= prepared);
         if prepared { Ok(()) } else { Err(RunError::Internal(format!("{id} is not prepared"))) }
     }
+
+    fn rejoin(&mut self, _: Box<dyn Transport>, _: Slot) {}
 
     fn abandon_view(&mut self, id: ViewId) {
         self.switch.set(|c| c.abandoned.push(id));

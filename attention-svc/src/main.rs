@@ -75,10 +75,26 @@ struct Flags {
     /// Micro-batches that a step is cut into at most: while one is at the experts, the next computes.
     #[arg(long, env = "MESH_MICRO_BATCHES", value_name = "N", default_value_t = AttentionConfig::MICRO_BATCHES)]
     micro_batches: u16,
+    /// How long an expert node may owe an answer before its rows go to another holder of their experts, milliseconds; four
+    /// times the slowest answer of late, where that is longer.
+    #[arg(long, env = "MESH_SILENCE_MS", value_name = "N",
+          default_value_t = AttentionConfig::SILENCE_MIN.as_millis() as u64,
+          value_parser = clap::value_parser!(u64).range(10..=60_000))]
+    silence_ms: u64,
+    /// How long requests wait for a mesh that can compute them, once nodes were lost, seconds; 0: they end at once.
+    #[arg(long, env = "MESH_RECOVERY_MAX", value_name = "SECONDS", default_value_t = AttentionConfig::RECOVERY_MAX.as_secs(),
+          value_parser = clap::value_parser!(u64).range(..=3600))]
+    recovery_max: u64,
     /// How long the router may take to be up, seconds.
     #[arg(long, env = "MESH_REGISTER_FOR", value_name = "SECONDS",
           default_value_t = AttentionConfig::REGISTER_FOR.as_secs())]
     register_for: u64,
+    /// How long a node that lost the router tries to register again, keeping what it holds, seconds.
+    #[arg(long, env = "MESH_REJOIN_FOR", value_name = "SECONDS", default_value_t = AttentionConfig::REJOIN_FOR.as_secs())]
+    rejoin_for: u64,
+    /// How long the router may take to hand over what the node holds when it is to stop, seconds.
+    #[arg(long, env = "MESH_DRAIN_MAX", value_name = "SECONDS", default_value_t = AttentionConfig::DRAIN_MAX.as_secs())]
+    drain_max: u64,
     #[command(flatten)]
     log: LogArgs,
 }
@@ -112,7 +128,11 @@ impl Flags {
             kv: self.kv_pages.map_or(KvBudget::Bytes(self.kv_bytes), KvBudget::Pages),
             limits,
             micro_batches: self.micro_batches,
+            silence_min: Duration::from_millis(self.silence_ms),
+            recovery_max: Duration::from_secs(self.recovery_max),
             register_for: Duration::from_secs(self.register_for),
+            rejoin_for: Duration::from_secs(self.rejoin_for),
+            drain_max: Duration::from_secs(self.drain_max),
             ..AttentionConfig::new(self.model, self.router)
         }
     }

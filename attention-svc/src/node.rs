@@ -11,11 +11,11 @@ use mesh_model::{Checkpoint, ModelConfig, Tokenizer};
 use mesh_proto::limits::MESSAGE_BYTES_MAX;
 use mesh_proto::v1;
 use mesh_proto::v1::attention_server::AttentionServer;
-use mesh_service::membership::{NodeSpec, Registration, register};
+use mesh_service::membership::{Evidence, NodeSpec, Registration, register};
 use mesh_transport::frame::PROTOCOL_VERSION;
-use mesh_transport::{Credentials, Identity, TransportKind, choose};
+use mesh_transport::{Credentials, Identity, Transport, TransportKind, choose};
 use tokio::net::TcpListener;
-use tokio::sync::oneshot;
+use tokio::sync::{mpsc, oneshot};
 use tokio_util::sync::CancellationToken;
 use tonic::transport::Server;
 use tonic::transport::server::TcpIncoming;
@@ -39,6 +39,7 @@ const STOP_MAX: Duration = Duration::from_secs(30);
 /// An attention node that is registered and whose engine runs; it serves once it has a view.
 pub struct AttentionNode {
     config: AttentionConfig,
+    spec: NodeSpec,
     registration: Registration,
     engine: Engine,
     views: Arc<AttentionViews>,
@@ -86,8 +87,10 @@ impl AttentionNode {
 
         let (listener, addr) = listen(&config.listen).await?;
         let kind = choose(config.transport).kind;
-        let registration = register(&spec(&config, &opened, &addr, kind), config.register_for).await?;
-        let runner = runner(&config, opened.trunk, opened.compute, &registration, opened.digest, kind, kv_pages)?;
+        let spec = spec(&config, &opened, &addr, kind);
+        let registration = register(&spec, config.register_for).await?;
+        let transport = transport(&config, &registration, &spec)?;
+        let runner = runner(&config, opened.trunk, opened.compute, transport, registration.slot, kv_pages)?;
         let counters = runner.counters();
         let options = EngineOptions {
             limits: config.limits,
@@ -102,7 +105,7 @@ impl AttentionNode {
         let views = Arc::new(AttentionViews::new(engine.handle.clone(), counters, moe_layers, experts));
         let service = AttentionService::new(engine.handle.clone(), opened.tokenizer, bounds, registration.slot);
         tracing::info!(slot = registration.slot.0, %addr, kv_pages, "attention node up");
-        Ok(Self { config, registration, engine, views, service, listener, addr })
+        Ok(Self { config, spec, registration, engine, views, service, listener, addr })
     }
 
     /// The node's identity.
@@ -125,19 +128,19 @@ impl AttentionNode {
         &self.engine.handle
     }
 
-    /// Serves until `shutdown` is cancelled; the router is then told that the node leaves, and streams have `drain_max`
-    /// to end.
+    /// Serves until `shutdown` is cancelled and the router has handed the node's requests over, or dismisses it; streams that
+    /// are left have `drain_max` to end. A node that loses its membership keeps its weights and registers again.
     ///
     /// # Errors
-    /// [`AttentionError`] when the lease is lost, the server fails or the engine dies.
+    /// [`AttentionError`] when the router cannot be had again, the server fails or the engine dies.
     pub async fn serve(self, shutdown: CancellationToken) -> Result<(), AttentionError> {
-        let Self { config, registration, engine, views, service, listener, .. } = self;
+        let Self { config, spec, registration, engine, views, service, listener, .. } = self;
         let Engine { handle, lost, mut ended } = engine;
         let closing = CancellationToken::new();
-        let mut server = tokio::spawn(serve_grpc(service, listener, &config, closing.clone()));
-        let lease = registration.run(views, lost, shutdown);
+        let mut server = tokio::spawn(serve_grpc(service.clone(), listener, &config, closing.clone()));
+        let lease = keep_membership(&config, &spec, registration, &handle, views, &service, lost, shutdown);
         let outcome = tokio::select! {
-            left = lease => left.map_err(AttentionError::from),
+            left = lease => left,
             _ = &mut ended => Err(AttentionError::EngineDied),
             served = &mut server => {
                 handle.stop();
@@ -155,6 +158,38 @@ impl AttentionNode {
         let stopped = stopped(ended).await;
         tracing::info!("attention node stopped");
         outcome.and(stopped)
+    }
+}
+
+/// Keeps the membership, and registers again when it is lost: with a data plane of its own, since identity and secret are
+/// new.
+#[allow(clippy::too_many_arguments)]
+async fn keep_membership(
+    config: &AttentionConfig,
+    spec: &NodeSpec,
+    mut registration: Registration,
+    engine: &EngineHandle,
+    views: Arc<AttentionViews>,
+    service: &AttentionService,
+    mut lost: mpsc::Receiver<Evidence>,
+    shutdown: CancellationToken,
+) -> Result<(), AttentionError> {
+    loop {
+        let left = registration.run(views.clone(), &mut lost, shutdown.clone(), config.drain_max).await;
+        match left {
+            Err(error) if error.may_rejoin() => {
+                tracing::warn!(%error, "membership lost; registering again");
+            }
+            left => return Ok(left?),
+        }
+        registration = tokio::select! {
+            registration = register(spec, config.rejoin_for) => registration?,
+            () = shutdown.cancelled() => return Ok(()),
+        };
+        let slot = registration.slot;
+        let transport = transport(config, &registration, spec)?;
+        engine.rejoin(transport, slot).await.map_err(|_stopped| AttentionError::EngineDied)?;
+        service.set_slot(slot);
     }
 }
 
@@ -233,24 +268,33 @@ fn model_info(checkpoint: &Checkpoint, config: &AttentionConfig) -> v1::ModelInf
     }
 }
 
+/// The data plane of a membership.
+fn transport(
+    config: &AttentionConfig,
+    registration: &Registration,
+    spec: &NodeSpec,
+) -> Result<Box<dyn Transport>, AttentionError> {
+    let Registration { node, slot, secret, .. } = registration;
+    let identity = Identity { node: *node, role: Role::Attention, slot: *slot, model: spec.model_digest };
+    let credentials = Credentials { secret: *secret, identity };
+    let kind = choose(config.transport).kind;
+    Ok(mesh_transport::client(kind, config.transport_limits.clone(), config.hub.clone(), credentials)?)
+}
+
 fn runner(
     config: &AttentionConfig,
     trunk: Trunk,
     compute: Arc<dyn Compute>,
-    registration: &Registration,
-    digest: [u8; 32],
-    kind: TransportKind,
+    transport: Box<dyn Transport>,
+    slot: Slot,
     kv_pages: u32,
 ) -> Result<Runner, AttentionError> {
-    let Registration { node, slot, secret, .. } = registration;
-    let identity = Identity { node: *node, role: Role::Attention, slot: *slot, model: digest };
-    let credentials = Credentials { secret: *secret, identity };
-    let transport = mesh_transport::client(kind, config.transport_limits.clone(), config.hub.clone(), credentials)?;
     let options = RunnerOptions {
-        slot: *slot,
+        slot,
         kv_pages: kv_pages as usize,
         micro_batches: config.micro_batches,
         micro_batch_rows_min: config.micro_batch_rows_min,
+        silence_min: config.silence_min,
         answer_max: config.answer_max,
         connect_max: config.connect_max,
         body_bytes_max: config.transport_limits.body_bytes_max,

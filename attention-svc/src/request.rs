@@ -57,6 +57,8 @@ pub struct Request {
     pub return_logits: bool,
     /// Whether the chosen experts are wanted.
     pub return_routing: bool,
+    /// Tokens that were generated before, by a node that is lost; fewer than `max_new_tokens`, or as many.
+    pub resumed: Vec<u32>,
 }
 
 /// Checks a request. `encode` tokenises a text prompt, `draw_seed` makes up a missing seed.
@@ -84,6 +86,7 @@ pub fn check(
     }
     let prompt = check_prompt(request.prompt, bounds, encode)?;
     let max_new_tokens = check_length(prompt.len(), request.max_new_tokens, bounds.context)?;
+    check_resumed(&request.resume_tokens, max_new_tokens, bounds.vocab)?;
     let logits_bytes = u64::from(max_new_tokens) * u64::from(bounds.vocab) * 4;
     if request.return_logits && logits_bytes > LOGITS_BYTES_MAX {
         let most = LOGITS_BYTES_MAX / (u64::from(bounds.vocab) * 4).max(1);
@@ -102,6 +105,7 @@ pub fn check(
         prompt_logprobs,
         return_logits: request.return_logits,
         return_routing: request.return_routing,
+        resumed: request.resume_tokens,
     })
 }
 
@@ -133,6 +137,19 @@ fn check_prompt(
         return Err(invalid(field, what));
     }
     Ok(ids)
+}
+
+fn check_resumed(resumed: &[u32], max_new_tokens: u32, vocab: u32) -> Result<(), MeshError> {
+    if resumed.len() > max_new_tokens as usize {
+        let what = format!("{} tokens, and max_new_tokens, which counts them, is {max_new_tokens}", resumed.len());
+        return Err(invalid("resume_tokens", what));
+    }
+    match resumed.iter().find(|id| **id >= vocab) {
+        Some(id) => {
+            Err(invalid("resume_tokens", format!("id {id} is not in the vocabulary, whose ids are below {vocab}")))
+        }
+        None => Ok(()),
+    }
 }
 
 fn check_length(prompt: usize, max_new_tokens: Option<u32>, context: u32) -> Result<u32, MeshError> {

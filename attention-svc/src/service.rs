@@ -3,6 +3,8 @@
 //! The stream owns the request: dropped, by the client's cancelling or by a broken connection, it cancels it.
 
 use std::pin::Pin;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU16, Ordering::Relaxed};
 use std::task::{Context, Poll};
 use std::time::{Duration, Instant};
 
@@ -29,13 +31,18 @@ pub struct AttentionService {
     engine: EngineHandle,
     tokenizer: Tokenizer,
     bounds: RequestBounds,
-    slot: Slot,
+    slot: Arc<AtomicU16>,
 }
 
 impl AttentionService {
     /// A service in front of `engine`, on the node at `slot`.
     pub fn new(engine: EngineHandle, tokenizer: Tokenizer, bounds: RequestBounds, slot: Slot) -> Self {
-        Self { engine, tokenizer, bounds, slot }
+        Self { engine, tokenizer, bounds, slot: Arc::new(AtomicU16::new(slot.0)) }
+    }
+
+    /// The node's slot is another from now on.
+    pub fn set_slot(&self, slot: Slot) {
+        self.slot.store(slot.0, Relaxed);
     }
 
     fn check(&self, request: GenerateRequest) -> Result<Request, MeshError> {
@@ -55,7 +62,7 @@ impl AttentionService {
         let prompt_tokens = request.prompt.len() as u32;
         let started = v1::Started {
             request_id: request.id.clone(),
-            attention_slot: self.slot.0.into(),
+            attention_slot: self.slot.load(Relaxed).into(),
             prompt_tokens,
             seed: request.sampling.seed,
         };

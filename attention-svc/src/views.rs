@@ -63,6 +63,12 @@ impl ViewTarget for AttentionViews {
             refused: runner.refused.into_iter().map(|(why, n)| (why.to_owned(), n)).collect(),
             tokens: engine.tokens.load(Relaxed),
             streams_open: engine.streams_open.load(Relaxed),
+            replayed: runner.replayed,
+            waits: runner
+                .waits
+                .into_iter()
+                .map(|(slot, w)| v1::SlotWait { slot: slot.0.into(), answers: w.answers, ns: w.ns, work: w.work })
+                .collect(),
             ..v1::NodeLoad::default()
         };
         self.counters.profile.report(&mut load);

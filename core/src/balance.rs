@@ -98,6 +98,17 @@ pub enum Why {
     Balance,
 }
 
+impl std::fmt::Display for Why {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(match self {
+            Why::Unheld => "unheld",
+            Why::Replica => "replica",
+            Why::Hot => "hot",
+            Why::Balance => "balance",
+        })
+    }
+}
+
 /// An expert that a node has to load.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Move {

@@ -106,11 +106,20 @@ pub enum Refused {
     },
 }
 
+/// What became of a frame.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum State {
+    Awaited,
+    Answered,
+    /// Another frame was sent in its place: its answer, should it still come, counts no more.
+    Replaced,
+}
+
 #[derive(Debug)]
 struct InFlight {
     view: ViewId,
     layer: LayerId,
-    owed: Vec<(Owed, bool)>,
+    owed: Vec<(Owed, State)>,
     missing: usize,
 }
 
@@ -144,7 +153,7 @@ impl Lanes {
     /// Takes a free lane for one exchange; `None` when all are in flight.
     pub fn begin(&mut self, view: ViewId, layer: LayerId, owed: impl IntoIterator<Item = Owed>) -> Option<Lane> {
         let lane = self.slots.iter().position(Option::is_none)?;
-        let owed: Vec<(Owed, bool)> = owed.into_iter().map(|o| (o, false)).collect();
+        let owed: Vec<(Owed, State)> = owed.into_iter().map(|o| (o, State::Awaited)).collect();
         let missing = owed.len();
         self.slots[lane] = Some(InFlight { view, layer, owed, missing });
         Some(Lane(lane as u16))
@@ -166,16 +175,32 @@ impl Lanes {
         if in_flight.layer != layer {
             return Err(Refused::WrongLayer { lane, slot, wanted: in_flight.layer, found: layer });
         }
-        let (owed, arrived) = &mut in_flight.owed[index];
+        let (owed, state) = &mut in_flight.owed[index];
         if owed.pairs != pairs {
             return Err(Refused::WrongRows { lane, slot, wanted: owed.pairs, found: pairs });
         }
-        if *arrived {
-            return Err(Refused::Duplicate { lane, seq, slot });
+        match *state {
+            State::Awaited => *state = State::Answered,
+            State::Answered => return Err(Refused::Duplicate { lane, seq, slot }),
+            State::Replaced => return Err(Refused::Unexpected { lane, seq, slot }),
         }
-        *arrived = true;
         in_flight.missing -= 1;
         Ok(Accepted { index, complete: in_flight.missing == 0 })
+    }
+
+    /// Puts further frames in the place of frame `index`: its answer is owed no more (nor counts, if it was there
+    /// already), theirs are. Returns the position of the first of them.
+    pub fn replace(&mut self, lane: Lane, index: usize, by: impl IntoIterator<Item = Owed>) -> Option<usize> {
+        let in_flight = self.slots.get_mut(lane.index())?.as_mut()?;
+        let (_, state) = in_flight.owed.get_mut(index)?;
+        if *state == State::Awaited {
+            in_flight.missing -= 1;
+        }
+        *state = State::Replaced;
+        let first = in_flight.owed.len();
+        in_flight.owed.extend(by.into_iter().map(|o| (o, State::Awaited)));
+        in_flight.missing += in_flight.owed.len() - first;
+        Some(first)
     }
 
     /// Whether the lane is in flight and owed nothing more.
@@ -186,7 +211,7 @@ impl Lanes {
     /// What the lane is still owed: whom a missed deadline names.
     pub fn missing(&self, lane: Lane) -> impl Iterator<Item = Owed> + '_ {
         let in_flight = self.slots.get(lane.index()).and_then(Option::as_ref);
-        in_flight.into_iter().flat_map(|f| f.owed.iter().filter(|(_, arrived)| !arrived).map(|(o, _)| *o))
+        in_flight.into_iter().flat_map(|f| f.owed.iter().filter(|(_, s)| *s == State::Awaited).map(|(o, _)| *o))
     }
 
     /// Gives the lane back, complete or abandoned. Answers that come later are refused as unexpected.
@@ -247,6 +272,22 @@ mod tests {
         assert!(matches!(lanes.accept(a), Err(Refused::Duplicate { .. })));
         lanes.end(lane);
         assert!(matches!(lanes.accept(a), Err(Refused::Unexpected { .. })));
+    }
+
+    #[test]
+    fn a_replaced_frame_is_owed_no_more_and_its_late_answer_does_not_count() {
+        let (mut lanes, lane) = in_flight();
+        let by = [Owed { slot: Slot(2), seq: Seq(10), pairs: 2 }, Owed { slot: Slot(3), seq: Seq(1), pairs: 1 }];
+        assert_eq!(lanes.replace(lane, 0, by), Some(2));
+        assert!(matches!(lanes.accept(answer(lane)), Err(Refused::Unexpected { .. })));
+        let answers = [(Slot(2), Seq(9), 1), (Slot(2), Seq(10), 2), (Slot(3), Seq(1), 1)];
+        let completes = answers
+            .map(|(slot, seq, pairs)| lanes.accept(Answer { slot, seq, pairs, ..answer(lane) }).unwrap().complete);
+        assert_eq!(completes, [false, false, true]);
+        // What was answered is given up too, where a part of its destination has to be asked for again.
+        lanes.replace(lane, 1, [Owed { slot: Slot(0), seq: Seq(6), pairs: 1 }]);
+        assert!(!lanes.is_complete(lane));
+        assert_eq!(lanes.replace(Lane(1), 0, []), None);
     }
 
     #[test]

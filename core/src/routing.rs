@@ -39,6 +39,20 @@ pub enum RoutingError {
         /// The expert.
         expert: ExpertId,
     },
+    /// A chosen expert none of whose holders can be reached.
+    #[error("no holder of {expert} of {layer} can be reached ({})", named(holders))]
+    Unreachable {
+        /// The layer.
+        layer: LayerId,
+        /// The expert.
+        expert: ExpertId,
+        /// Who holds it.
+        holders: Vec<Slot>,
+    },
+}
+
+fn named(slots: &[Slot]) -> String {
+    slots.iter().map(Slot::to_string).collect::<Vec<_>>().join(", ")
 }
 
 impl Routing {
@@ -130,6 +144,29 @@ impl Destination {
     pub fn pairs(&self) -> usize {
         self.experts.len()
     }
+
+    /// Adds a pair of the last row or of a later one; returns its place in the answer.
+    fn push(&mut self, row: u32, expert: ExpertId) -> u32 {
+        if self.rows.last() == Some(&row) {
+            *self.pairs_per_row.last_mut().expect("one count for each row") += 1;
+        } else {
+            self.rows.push(row);
+            self.pairs_per_row.push(1);
+        }
+        self.experts.push(expert);
+        self.experts.len() as u32 - 1
+    }
+}
+
+fn holder(
+    view: &View,
+    layer: LayerId,
+    row: usize,
+    expert: ExpertId,
+    choose: &mut impl FnMut(usize, ExpertId, &[Slot]) -> Option<Slot>,
+) -> Result<Slot, RoutingError> {
+    let holders = view.placement.holders(layer, expert).ok_or(RoutingError::Unplaced { layer, expert })?;
+    choose(row, expert, holders).ok_or_else(|| RoutingError::Unreachable { layer, expert, holders: holders.to_vec() })
 }
 
 /// Where a contribution comes back: the destination (index into [`DispatchPlan::destinations`]) and the pair in its answer.
@@ -163,16 +200,18 @@ pub struct DispatchPlan {
 
 impl DispatchPlan {
     /// Plans the dispatch of `routing` under `view`, replacing what was held before. `choose` picks one of an expert's
-    /// holders (it gets the row, the expert and the holders, first choice first, never empty).
+    /// holders (it gets the row, the expert and the holders, first choice first, never empty), or none if none can be
+    /// reached.
     ///
     /// # Errors
-    /// [`RoutingError::Unplaced`] when the view places a chosen expert nowhere.
+    /// [`RoutingError::Unplaced`] when the view places a chosen expert nowhere, [`RoutingError::Unreachable`] when `choose`
+    /// picks nobody.
     pub fn rebuild(
         &mut self,
         routing: &Routing,
         view: &View,
         layer: LayerId,
-        mut choose: impl FnMut(usize, ExpertId, &[Slot]) -> Slot,
+        mut choose: impl FnMut(usize, ExpertId, &[Slot]) -> Option<Slot>,
     ) -> Result<(), RoutingError> {
         self.k = routing.k();
         self.destinations.clear();
@@ -184,23 +223,55 @@ impl DispatchPlan {
             wanted.extend(routing.experts(row).iter().copied().zip(routing.weights(row).iter().copied()));
             wanted.sort_unstable_by_key(|(expert, _)| *expert);
             for (expert, weight) in &wanted {
-                let holders = view.placement.holders(layer, *expert);
-                let holders = holders.ok_or(RoutingError::Unplaced { layer, expert: *expert })?;
-                let slot = choose(row, *expert, holders);
+                let slot = holder(view, layer, row, *expert, &mut choose)?;
                 let destination = self.destination(slot);
-                let to = &mut self.destinations[destination as usize];
-                if to.rows.last() == Some(&(row as u32)) {
-                    *to.pairs_per_row.last_mut().expect("one count for each row") += 1;
-                } else {
-                    to.rows.push(row as u32);
-                    to.pairs_per_row.push(1);
-                }
-                let source = Source { destination, pair: to.experts.len() as u32 };
-                to.experts.push(*expert);
-                self.contributions.push(Contribution { source, weight: *weight });
+                let pair = self.destinations[destination as usize].push(row as u32, *expert);
+                self.contributions.push(Contribution { source: Source { destination, pair }, weight: *weight });
             }
         }
         Ok(())
+    }
+
+    /// Gives all that destination `lost` was to compute to other holders, as further destinations: those that were sent
+    /// already are not changed. `lost` is left with nothing. Returns the first of the new destinations.
+    ///
+    /// Contributions keep their order, so that the sums have the same bits (invariant 1).
+    ///
+    /// # Errors
+    /// As [`DispatchPlan::rebuild`]; the plan is then as it was.
+    pub fn reassign(
+        &mut self,
+        lost: usize,
+        view: &View,
+        layer: LayerId,
+        mut choose: impl FnMut(usize, ExpertId, &[Slot]) -> Option<Slot>,
+    ) -> Result<usize, RoutingError> {
+        let first = self.destinations.len();
+        let from = &self.destinations[lost];
+        let mut new: Vec<Destination> = Vec::new();
+        let mut moved: Vec<Source> = Vec::with_capacity(from.pairs());
+        let mut experts = from.experts.iter();
+        for (row, count) in from.rows.iter().zip(&from.pairs_per_row) {
+            for expert in experts.by_ref().take(usize::from(*count)) {
+                let slot = holder(view, layer, *row as usize, *expert, &mut choose)?;
+                let at = new.iter().position(|d| d.slot == slot).unwrap_or_else(|| {
+                    new.push(Destination { slot, ..Destination::default() });
+                    new.len() - 1
+                });
+                moved.push(Source { destination: (first + at) as u32, pair: new[at].push(*row, *expert) });
+            }
+        }
+        let from = &mut self.destinations[lost];
+        let rows = std::mem::take(&mut from.rows);
+        (from.pairs_per_row.clear(), from.experts.clear());
+        for row in rows {
+            let contributions = &mut self.contributions[row as usize * self.k..(row as usize + 1) * self.k];
+            for contribution in contributions.iter_mut().filter(|c| c.source.destination as usize == lost) {
+                contribution.source = moved[contribution.source.pair as usize];
+            }
+        }
+        self.destinations.append(&mut new);
+        Ok(first)
     }
 
     fn destination(&mut self, slot: Slot) -> u32 {
@@ -270,10 +341,11 @@ mod tests {
     }
 
     proptest! {
-        /// Every pair is dispatched to one holder exactly once, rows travel once per node, and contributions name them all.
+        /// Every pair is dispatched to one holder exactly once, rows travel once per node, and contributions name them all;
+        /// also after nodes were lost one after the other and what they were to compute went to others.
         #[test]
         fn every_pair_travels_once(
-            rows in 0usize..40, nodes in 1u16..12, replicas in 1usize..3, k in 1usize..8, seed in any::<u64>()
+            rows in 0usize..40, nodes in 1u16..12, replicas in 1usize..4, k in 1usize..8, seed in any::<u64>()
         ) {
             let experts = 8;
             let replicas = replicas.min(nodes as usize);
@@ -286,36 +358,67 @@ mod tests {
             routing.softmax_top_k(&logits, experts, GateRule { top_k: k, normalise: true }).unwrap();
             let view = view(experts, nodes, replicas);
             let mut plan = DispatchPlan::default();
-            plan.rebuild(&routing, &view, LayerId(0), |row, _, holders| holders[row % holders.len()]).unwrap();
-            let pairs: usize = plan.destinations().iter().map(Destination::pairs).sum();
-            prop_assert_eq!(pairs, rows * k);
-            let mut seen = std::collections::HashSet::new();
-            for (d, to) in plan.destinations().iter().enumerate() {
-                prop_assert!(!to.rows.is_empty());
-                prop_assert!(to.rows.windows(2).all(|w| w[0] < w[1]));
-                let mut pair = 0;
-                for (row, count) in to.rows.iter().zip(&to.pairs_per_row) {
-                    for _ in 0..*count {
-                        prop_assert!(view.placement.holds(to.slot, LayerId(0), to.experts[pair]));
-                        prop_assert!(routing.experts(*row as usize).contains(&to.experts[pair]));
-                        seen.insert((d as u32, pair as u32, *row));
-                        pair += 1;
+            plan.rebuild(&routing, &view, LayerId(0), |row, _, holders| Some(holders[row % holders.len()])).unwrap();
+            check(&plan, &routing, &view)?;
+            let mut lost: Vec<Slot> = Vec::new();
+            for slot in (0..nodes).map(Slot).take(replicas - 1) {
+                lost.push(slot);
+                for destination in 0..plan.destinations().len() {
+                    let to = &plan.destinations()[destination];
+                    if to.slot == slot && to.pairs() > 0 {
+                        let alive = |_: usize, _: ExpertId, holders: &[Slot]| {
+                            holders.iter().copied().find(|s| !lost.contains(s))
+                        };
+                        plan.reassign(destination, &view, LayerId(0), alive).unwrap();
                     }
                 }
-                prop_assert_eq!(pair, to.pairs());
+                prop_assert!(plan.destinations().iter().all(|d| d.pairs() == 0 || !lost.contains(&d.slot)));
+                check(&plan, &routing, &view)?;
             }
-            for row in 0..rows {
-                let mut last = None;
-                for c in plan.contributions(row) {
-                    prop_assert!(seen.remove(&(c.source.destination, c.source.pair, row as u32)));
-                    let expert = plan.destinations()[c.source.destination as usize].experts[c.source.pair as usize];
-                    prop_assert!(last < Some(expert));
-                    last = Some(expert);
-                    let at = routing.experts(row).iter().position(|e| *e == expert).unwrap();
-                    prop_assert_eq!(routing.weights(row)[at], c.weight);
+        }
+    }
+
+    fn check(plan: &DispatchPlan, routing: &Routing, view: &View) -> Result<(), TestCaseError> {
+        let pairs: usize = plan.destinations().iter().map(Destination::pairs).sum();
+        prop_assert_eq!(pairs, routing.rows() * routing.k());
+        let mut seen = std::collections::HashSet::new();
+        for (d, to) in plan.destinations().iter().enumerate() {
+            prop_assert!(to.rows.windows(2).all(|w| w[0] < w[1]));
+            let mut pair = 0;
+            for (row, count) in to.rows.iter().zip(&to.pairs_per_row) {
+                for _ in 0..*count {
+                    prop_assert!(view.placement.holds(to.slot, LayerId(0), to.experts[pair]));
+                    prop_assert!(routing.experts(*row as usize).contains(&to.experts[pair]));
+                    seen.insert((d as u32, pair as u32, *row));
+                    pair += 1;
                 }
             }
-            prop_assert!(seen.is_empty());
+            prop_assert_eq!(pair, to.pairs());
         }
+        for row in 0..routing.rows() {
+            let mut last = None;
+            for c in plan.contributions(row) {
+                prop_assert!(seen.remove(&(c.source.destination, c.source.pair, row as u32)));
+                let expert = plan.destinations()[c.source.destination as usize].experts[c.source.pair as usize];
+                prop_assert!(last < Some(expert));
+                last = Some(expert);
+                let at = routing.experts(row).iter().position(|e| *e == expert).unwrap();
+                prop_assert_eq!(routing.weights(row)[at], c.weight);
+            }
+        }
+        prop_assert!(seen.is_empty());
+        Ok(())
+    }
+
+    #[test]
+    fn rows_of_a_lost_node_without_a_replica_stay_where_they_were() {
+        let (view, mut routing, mut plan) = (view(2, 2, 1), Routing::default(), DispatchPlan::default());
+        routing.softmax_top_k(&[1.0, 2.0], 2, GateRule { top_k: 2, normalise: true }).unwrap();
+        plan.rebuild(&routing, &view, LayerId(0), |_, _, holders| holders.first().copied()).unwrap();
+        let before = plan.clone();
+        let refused = plan.reassign(1, &view, LayerId(0), |_, _, _| None);
+        let holders = vec![Slot(1)];
+        assert_eq!(refused, Err(RoutingError::Unreachable { layer: LayerId(0), expert: ExpertId(1), holders }));
+        assert_eq!(plan, before);
     }
 }

@@ -38,6 +38,10 @@ pub struct ExpertConfig {
     pub capacity_bytes: u64,
     /// How long the router may take to be up.
     pub register_for: Duration,
+    /// How long a node that lost its membership tries to register again.
+    pub rejoin_for: Duration,
+    /// How long the router may take to hand over what the node holds when it is to stop.
+    pub drain_max: Duration,
     /// How long a view that was replaced is served on, for attention nodes that have not followed yet.
     pub linger: Duration,
     /// Bounds of the data plane.
@@ -79,6 +83,11 @@ impl ExpertConfig {
     /// How long the router may take to be up unless said otherwise.
     pub const REGISTER_FOR: Duration = Duration::from_secs(30);
 
+    /// How long a node that lost its router waits for it unless said otherwise.
+    pub const REJOIN_FOR: Duration = Duration::from_secs(600);
+    /// How long handing over may take unless said otherwise.
+    pub const DRAIN_MAX: Duration = Duration::from_secs(60);
+
     /// A node with everything but its model and its router left at what is usual.
     pub fn new(model_dir: impl Into<PathBuf>, router: impl Into<String>) -> Self {
         Self {
@@ -95,6 +104,8 @@ impl ExpertConfig {
             name: String::new(),
             capacity_bytes: 0,
             register_for: Self::REGISTER_FOR,
+            rejoin_for: Self::REJOIN_FOR,
+            drain_max: Self::DRAIN_MAX,
             linger: Self::LINGER,
             transport_limits: Limits::default(),
             limits: EngineLimits::default(),

@@ -88,6 +88,9 @@ pub struct Counters {
     frames_sent: AtomicU64,
     refused: [AtomicU64; Refusal::ALL.len()],
     channels: AtomicU64,
+    /// Rows that each expert of the model computed, and bytes of one expert.
+    expert_rows: Vec<AtomicU64>,
+    expert_bytes: u64,
     /// Peers and channels that the transport turned away before any frame, by its own names.
     turned_away: Mutex<BTreeMap<&'static str, u64>>,
 }
@@ -96,6 +99,18 @@ pub struct Counters {
 const ORDER: Ordering = Ordering::Relaxed;
 
 impl Counters {
+    /// For a model of so many routed experts over all layers, each of so many bytes.
+    pub fn new(experts: usize, expert_bytes: u64) -> Self {
+        let expert_rows = (0..experts).map(|_| AtomicU64::new(0)).collect();
+        Self { expert_rows, expert_bytes, ..Self::default() }
+    }
+
+    pub(crate) fn computed(&self, expert: usize) {
+        if let Some(rows) = self.expert_rows.get(expert) {
+            rows.fetch_add(1, ORDER);
+        }
+    }
+
     pub(crate) fn round(&self) {
         self.rounds.fetch_add(1, ORDER);
     }
@@ -156,6 +171,8 @@ impl Counters {
             frames_received: self.frames_received.load(ORDER),
             refused,
             experts_held: u32::try_from(experts_held).unwrap_or(u32::MAX),
+            expert_rows: self.expert_rows.iter().map(|rows| rows.load(ORDER)).collect(),
+            expert_bytes: self.expert_bytes,
             ..v1::NodeLoad::default()
         };
         self.profile.report(&mut load);

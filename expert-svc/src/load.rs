@@ -105,7 +105,7 @@ impl Loader {
     }
 
     /// Bytes of one expert in the compute dtype.
-    fn expert_bytes(&self) -> u64 {
+    pub fn expert_bytes(&self) -> u64 {
         3 * (self.checkpoint.config().moe.intermediate as u64) * self.shape.row_bytes as u64
     }
 

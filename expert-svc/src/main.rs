@@ -61,6 +61,12 @@ struct Flags {
     /// How long the router may take to be up, seconds.
     #[arg(long, env = "MESH_REGISTER_FOR", value_name = "SECONDS", default_value_t = ExpertConfig::REGISTER_FOR.as_secs())]
     register_for: u64,
+    /// How long a node that lost the router tries to register again, keeping what it holds, seconds.
+    #[arg(long, env = "MESH_REJOIN_FOR", value_name = "SECONDS", default_value_t = ExpertConfig::REJOIN_FOR.as_secs())]
+    rejoin_for: u64,
+    /// How long the router may take to hand over what the node holds when it is to stop, seconds.
+    #[arg(long, env = "MESH_DRAIN_MAX", value_name = "SECONDS", default_value_t = ExpertConfig::DRAIN_MAX.as_secs())]
+    drain_max: u64,
     #[command(flatten)]
     log: LogArgs,
 }
@@ -87,6 +93,8 @@ impl Flags {
             name: self.name,
             capacity_bytes: self.capacity_bytes,
             register_for: Duration::from_secs(self.register_for),
+            rejoin_for: Duration::from_secs(self.rejoin_for),
+            drain_max: Duration::from_secs(self.drain_max),
             limits,
             ..ExpertConfig::new(self.model, self.router)
         }

@@ -1,6 +1,7 @@
 //! The assembly: open the checkpoint, bind the data plane, register, serve.
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use mesh_core::{NodeId, Role, Slot};
 use mesh_kernels::Compute;
@@ -19,14 +20,24 @@ use crate::counters::Counters;
 use crate::engine::{Engine, EngineHandle, EngineParts};
 use crate::error::ExpertError;
 use crate::load::Loader;
-use crate::table::Tables;
+use crate::table::{ExpertTable, Tables};
 use crate::views::ExpertViews;
 
 /// An expert node that is registered and whose engine runs; it serves once it has a view.
 pub struct ExpertNode {
+    config: ExpertConfig,
+    loader: Arc<Loader>,
+    compute: Arc<dyn Compute>,
+    counters: Arc<Counters>,
+    member: Member,
+    addr: String,
+}
+
+/// What a membership consists of; a node that registers again makes it anew and keeps the rest.
+struct Member {
     registration: Registration,
     views: Arc<ExpertViews>,
-    counters: Arc<Counters>,
+    tables: Arc<Tables>,
     engine: EngineHandle,
     engine_ended: CancellationToken,
     addr: String,
@@ -64,40 +75,20 @@ impl ExpertNode {
         };
         let loader = Arc::new(Loader::new(checkpoint, packer, config.capacity_bytes));
         check_frame_size(&config, loader.shape().row_bytes)?;
-
-        let bound = bind(&config)?;
-        let spec = spec(&config, &loader, bound.local_addr());
-        let registration = register(&spec, config.register_for).await?;
-        let (node, slot) = (registration.node, registration.slot);
-        let identity = Identity { node, role: Role::Expert, slot, model: spec.model_digest };
-        let transport = bound.start(Credentials { secret: registration.secret, identity })?;
-        let addr = transport.local_addr().to_owned();
-
-        let (tables, counters) = (Arc::new(Tables::default()), Arc::new(Counters::default()));
-        let engine = Engine::new(EngineParts {
-            transport,
-            compute,
-            tables: tables.clone(),
-            counters: counters.clone(),
-            shape: loader.shape().clone(),
-            slot,
-            limits: config.limits,
-        });
-        let engine_ended = CancellationToken::new();
-        let ended = engine_ended.clone();
-        let engine = engine.spawn(move || ended.cancel())?;
-        let views = ExpertViews::new(loader, tables, counters.clone(), engine.waker(), slot, config.linger);
-        Ok(Self { registration, views: Arc::new(views), counters, engine, engine_ended, addr })
+        let counters = Arc::new(Counters::new(loader.shape().len(), loader.expert_bytes()));
+        let member = join(&config, &loader, &compute, &counters, config.register_for, Vec::new()).await?;
+        let addr = member.addr.clone();
+        Ok(Self { config, loader, compute, counters, member, addr })
     }
 
     /// The node's identity.
     pub fn id(&self) -> NodeId {
-        self.registration.node
+        self.member.registration.node
     }
 
     /// The node's slot.
     pub fn slot(&self) -> Slot {
-        self.registration.slot
+        self.member.registration.slot
     }
 
     /// Where attention nodes connect.
@@ -110,22 +101,73 @@ impl ExpertNode {
         &self.counters
     }
 
-    /// Serves until `shutdown` is cancelled; the router is then told that the node leaves.
+    /// Serves until `shutdown` is cancelled and the router has handed over what the node holds, or dismisses it. A node that
+    /// loses its membership keeps its experts and registers again.
     ///
     /// # Errors
-    /// [`ExpertError`] when the lease is lost or the engine dies.
+    /// [`ExpertError`] when the router cannot be had again or the engine dies.
     pub async fn serve(self, shutdown: CancellationToken) -> Result<(), ExpertError> {
+        let Self { config, loader, compute, counters, mut member, .. } = self;
         // An expert node connects to nobody and so has no evidence: the sender stays here, unused.
-        let (_evidence, evidence_rx) = mpsc::channel(1);
-        let lease = self.registration.run(self.views, evidence_rx, shutdown);
-        let ended = tokio::select! {
-            ended = lease => ended.map_err(ExpertError::from),
-            () = self.engine_ended.cancelled() => Ok(()),
-        };
-        let stopped = self.engine.stop();
-        tracing::info!("expert node stopped");
-        ended.and(stopped)
+        let (_evidence, mut evidence_rx) = mpsc::channel(1);
+        loop {
+            let Member { registration, views, tables, engine, engine_ended, .. } = member;
+            let lease = registration.run(views, &mut evidence_rx, shutdown.clone(), config.drain_max);
+            let ended = tokio::select! {
+                ended = lease => ended.map_err(ExpertError::from),
+                () = engine_ended.cancelled() => Ok(()),
+            };
+            let stopped = engine.stop();
+            let lost = match (ended, stopped) {
+                (Err(ExpertError::Service(error)), Ok(())) if error.may_rejoin() => error,
+                (ended, stopped) => {
+                    tracing::info!("expert node stopped");
+                    return ended.and(stopped);
+                }
+            };
+            tracing::warn!(error = %lost, "membership lost; registering again");
+            let kept = tables.take();
+            let joined = join(&config, &loader, &compute, &counters, config.rejoin_for, kept);
+            member = tokio::select! {
+                member = joined => member?,
+                () = shutdown.cancelled() => return Ok(()),
+            };
+        }
     }
+}
+
+/// Binds, registers and starts an engine. Experts of `kept` are not loaded again.
+async fn join(
+    config: &ExpertConfig,
+    loader: &Arc<Loader>,
+    compute: &Arc<dyn Compute>,
+    counters: &Arc<Counters>,
+    register_for: Duration,
+    kept: Vec<Arc<ExpertTable>>,
+) -> Result<Member, ExpertError> {
+    let bound = bind(config)?;
+    let spec = spec(config, loader, bound.local_addr());
+    let registration = register(&spec, register_for).await?;
+    let (node, slot) = (registration.node, registration.slot);
+    let identity = Identity { node, role: Role::Expert, slot, model: spec.model_digest };
+    let transport = bound.start(Credentials { secret: registration.secret, identity })?;
+    let addr = transport.local_addr().to_owned();
+    let tables = Arc::new(Tables::default());
+    let engine = Engine::new(EngineParts {
+        transport,
+        compute: compute.clone(),
+        tables: tables.clone(),
+        counters: counters.clone(),
+        shape: loader.shape().clone(),
+        slot,
+        limits: config.limits,
+    });
+    let engine_ended = CancellationToken::new();
+    let ended = engine_ended.clone();
+    let engine = engine.spawn(move || ended.cancel())?;
+    let views =
+        ExpertViews::new(loader.clone(), tables.clone(), counters.clone(), engine.waker(), slot, config.linger, kept);
+    Ok(Member { registration, views: Arc::new(views), tables, engine, engine_ended, addr })
 }
 
 fn processors() -> usize {

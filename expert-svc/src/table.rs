@@ -173,6 +173,12 @@ impl Tables {
         Ok(lingers)
     }
 
+    /// Lets go of everything and gives it back: nothing is served any more.
+    pub fn take(&self) -> Vec<Arc<ExpertTable>> {
+        let Served { current, prepared, previous } = std::mem::take(&mut *self.lock());
+        [current, prepared, previous].into_iter().flatten().collect()
+    }
+
     /// Forgets the view if it is prepared.
     pub fn abandon(&self, view: ViewId) {
         let mut served = self.lock();

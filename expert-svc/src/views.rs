@@ -14,7 +14,7 @@ use mesh_transport::Wake;
 use crate::counters::Counters;
 use crate::error::LoadError;
 use crate::load::Loader;
-use crate::table::Tables;
+use crate::table::{ExpertTable, Tables};
 
 /// Follows views for an expert node.
 pub struct ExpertViews {
@@ -24,12 +24,14 @@ pub struct ExpertViews {
     waker: Arc<dyn Wake>,
     slot: Slot,
     linger: Duration,
+    /// Experts of an earlier membership, until a view is in force.
+    kept: Mutex<Vec<Arc<ExpertTable>>>,
     /// The view that is being loaded, and what ends that early.
     loading: Mutex<Option<(ViewId, Arc<AtomicBool>)>>,
 }
 
 impl ExpertViews {
-    /// For the node at `slot`; a view that was replaced is served for `linger` more.
+    /// For the node at `slot`; a view that was replaced is served for `linger` more. Experts of `kept` are not loaded again.
     pub fn new(
         loader: Arc<Loader>,
         tables: Arc<Tables>,
@@ -37,8 +39,9 @@ impl ExpertViews {
         waker: Arc<dyn Wake>,
         slot: Slot,
         linger: Duration,
+        kept: Vec<Arc<ExpertTable>>,
     ) -> Self {
-        Self { loader, tables, counters, waker, slot, linger, loading: Mutex::default() }
+        Self { loader, tables, counters, waker, slot, linger, kept: Mutex::new(kept), loading: Mutex::default() }
     }
 
     fn set_loading(&self, loading: Option<(ViewId, Arc<AtomicBool>)>) {
@@ -54,7 +57,8 @@ impl ExpertViews {
         let id = view.id;
         let abandoned = Arc::new(AtomicBool::new(false));
         self.set_loading(Some((id, abandoned.clone())));
-        let held: Vec<_> = [served.current, served.prepared, served.previous].into_iter().flatten().collect();
+        let mut held: Vec<_> = [served.current, served.prepared, served.previous].into_iter().flatten().collect();
+        held.extend(self.kept.lock().unwrap_or_else(PoisonError::into_inner).iter().cloned());
         let (loader, slot) = (self.loader.clone(), self.slot);
         let ended = abandoned.clone();
         let loaded = tokio::task::spawn_blocking(move || loader.load(view, slot, &held, &ended)).await;
@@ -72,6 +76,9 @@ impl ExpertViews {
     fn commit_view(&self, view: ViewId) -> Result<(), String> {
         let lingers = self.tables.commit(view).map_err(|e| e.to_string())?;
         tracing::info!(view = view.0, "view in force");
+        let kept = std::mem::take(&mut *self.kept.lock().unwrap_or_else(PoisonError::into_inner));
+        // What the view does not give this node is freed here.
+        drop(kept);
         self.waker.wake();
         if let Some(before) = lingers {
             let (tables, linger) = (self.tables.clone(), self.linger);

@@ -27,6 +27,12 @@ pub enum Command {
     Generate(GenerateArgs),
     /// Show nodes, view, placement and load.
     Status(StatusArgs),
+    /// Take a node out of the mesh in good order: others take over what it holds, then it ends.
+    Drain(DrainArgs),
+    /// Place experts anew by load and speed, or (--dry-run) say what would move, why, and how many bytes.
+    Rebalance(RebalanceArgs),
+    /// Show how long each attention node waits for each expert node, and which one is slow.
+    Stalls(StallsArgs),
     /// Show what this machine offers (SIMD, UCX, CUDA, NCCL) and why not more.
     Doctor(DoctorArgs),
     /// Start 1 router, 2 attention and 4 expert processes on the shipped tiny model, stream a completion, measure the
@@ -220,6 +226,51 @@ pub struct StatusArgs {
 #[derive(Clone, Debug, Args)]
 pub struct DoctorArgs {
     /// Print one JSON object.
+    #[arg(long)]
+    pub json: bool,
+}
+
+/// `meshctl drain`.
+#[derive(Clone, Debug, Args)]
+pub struct DrainArgs {
+    /// The mesh.
+    #[command(flatten)]
+    pub target: Target,
+    /// The node: its name, its id (node-7), or its role and slot (expert-2).
+    #[arg(value_name = "NODE")]
+    pub node: String,
+    /// How long to wait for it to be out.
+    #[arg(long, value_name = "SECONDS", default_value = "300", value_parser = seconds)]
+    pub timeout: Duration,
+    /// Print one JSON line.
+    #[arg(long)]
+    pub json: bool,
+}
+
+/// `meshctl rebalance`.
+#[derive(Clone, Debug, Args)]
+pub struct RebalanceArgs {
+    /// The mesh.
+    #[command(flatten)]
+    pub target: Target,
+    /// Change nothing.
+    #[arg(long)]
+    pub dry_run: bool,
+    /// Print one JSON line.
+    #[arg(long)]
+    pub json: bool,
+}
+
+/// `meshctl stalls`.
+#[derive(Clone, Debug, Args)]
+pub struct StallsArgs {
+    /// The mesh.
+    #[command(flatten)]
+    pub target: Target,
+    /// Over how long to look.
+    #[arg(long, value_name = "SECONDS", default_value = "2", value_parser = seconds)]
+    pub over: Duration,
+    /// Print one JSON line.
     #[arg(long)]
     pub json: bool,
 }

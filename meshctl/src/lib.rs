@@ -8,7 +8,7 @@
 //! - [`launch`]: a whole mesh as processes: start in order, wait until it serves, stop in order
 //! - [`signals`]: SIGINT, SIGTERM and SIGHUP as something to wait for
 //! - [`client`]: the gRPC connection and its errors in words
-//! - [`up`], [`generate`], [`status`], [`doctor`], [`demo`]: the commands
+//! - [`up`], [`generate`], [`status`], [`operate`], [`doctor`], [`demo`]: the commands
 //! - [`mod@bench`]: the load tester for a running mesh
 //! - [`probe`]: native libraries opened at run time, for `doctor`
 //! - [`volume`]: the all-to-all arithmetic that `demo` prints beside what it measured
@@ -23,6 +23,7 @@ pub mod doctor;
 pub mod exit;
 pub mod generate;
 pub mod launch;
+pub mod operate;
 pub mod os;
 pub mod probe;
 pub mod process;
@@ -43,6 +44,9 @@ pub async fn run(cli: Cli) -> Result<Exit, CliError> {
         Command::Up(args) => up::run(args).await,
         Command::Generate(args) => generate::run(args).await,
         Command::Status(args) => status::run(args).await,
+        Command::Drain(args) => operate::drain(args).await,
+        Command::Rebalance(args) => operate::rebalance(args).await,
+        Command::Stalls(args) => operate::stalls(args).await,
         Command::Doctor(args) => doctor::run(&args).await,
         Command::Demo(args) => demo::run(args).await,
         Command::Bench(args) => bench::run(args).await,

@@ -35,9 +35,9 @@ pub struct Routed {
 }
 
 /// The attention node with the most free KV blocks less what was routed to it since its last heartbeat, then the one
-/// with the fewest requests, then the lowest slot. Counts the request as routed there.
-pub fn choose(members: &mut Members, blocks: u64) -> Option<Routed> {
-    let usable = members.live(Role::Attention).filter(|n| n.committed);
+/// with the fewest requests, then the lowest slot; never `avoid`. Counts the request as routed there.
+pub fn choose(members: &mut Members, blocks: u64, avoid: Option<NodeId>) -> Option<Routed> {
+    let usable = members.live(Role::Attention).filter(|n| n.committed && !n.draining && Some(n.id) != avoid);
     let best = usable.max_by_key(|n| {
         let free = i128::from(n.load.kv_blocks_free) - i128::from(n.routed_blocks);
         let running = u64::from(n.load.requests_running) + u64::from(n.load.requests_waiting) + n.routed_requests;
@@ -83,7 +83,7 @@ mod tests {
     }
 
     fn taken(members: &mut Members, blocks: u64) -> Option<NodeId> {
-        choose(members, blocks).map(|routed| routed.node)
+        choose(members, blocks, None).map(|routed| routed.node)
     }
 
     #[test]
@@ -107,9 +107,9 @@ mod tests {
     #[test]
     fn an_ended_request_is_taken_back_unless_a_heartbeat_came_between() {
         let (mut m, ids, now) = with_load(&[(100, 0), (90, 0)]);
-        let routed = choose(&mut m, 20).unwrap();
+        let routed = choose(&mut m, 20, None).unwrap();
         ended(&mut m, routed);
-        let again = choose(&mut m, 20).unwrap();
+        let again = choose(&mut m, 20, None).unwrap();
         assert_eq!(again.node, ids[0]);
         m.heartbeat(ids[0], load(80, 1), now);
         ended(&mut m, again);

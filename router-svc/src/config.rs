@@ -63,6 +63,14 @@ pub struct RouterConfig {
     pub commit_max: Duration,
     /// How long a join waits for others to share its view.
     pub debounce: Duration,
+    /// How long a lost expert node may come back before its copies are made elsewhere, if all experts have other holders.
+    pub absence_max: Duration,
+    /// How often load and speed are compared with the placement.
+    pub balance_every: Duration,
+    /// Further copies that the hottest experts get, over all layers.
+    pub hot_replicas: usize,
+    /// Bytes of experts that one change of the view loads at most, beside experts that nobody holds.
+    pub moves_bytes_max: u64,
     /// Pause after the first failed view; doubles with each in a row.
     pub backoff_min: Duration,
     /// The longest such pause.
@@ -73,6 +81,8 @@ pub struct RouterConfig {
     pub requests_max: usize,
     /// How long a request waits for a mesh that does not serve (yet).
     pub wait_for_view_max: Duration,
+    /// How long a request whose attention node is lost looks for another.
+    pub move_max: Duration,
     /// How long a client may take nothing of an answer that waits for it.
     pub stall_max: Duration,
     /// How long connecting to an attention node may take.
@@ -87,17 +97,22 @@ impl Default for RouterConfig {
             attention_min: 1,
             experts_min: 1,
             replicas: 1,
-            heartbeat: Duration::from_secs(1),
+            heartbeat: Duration::from_millis(200),
             lease: Duration::from_secs(10),
             hello_max: Duration::from_secs(10),
             prepare_max: Duration::from_secs(300),
             commit_max: Duration::from_secs(30),
             debounce: Duration::from_millis(50),
+            absence_max: Duration::from_secs(2),
+            balance_every: Duration::from_secs(3),
+            hot_replicas: 0,
+            moves_bytes_max: 1 << 30,
             backoff_min: Duration::from_millis(250),
             backoff_max: Duration::from_secs(10),
             prepare_failures_max: 3,
             requests_max: 1024,
             wait_for_view_max: Duration::from_secs(3),
+            move_max: Duration::from_secs(30),
             stall_max: Duration::from_secs(60),
             connect_max: Duration::from_secs(5),
             drain_max: Duration::from_secs(5),
@@ -105,6 +120,8 @@ impl Default for RouterConfig {
     }
 }
 
+/// Heartbeats that a node may miss once others wait for it in vain.
+const SUSPECT_HEARTBEATS: u32 = 3;
 /// Most requests at once that a router can be told to take.
 const REQUESTS_LIMIT: usize = 1 << 16;
 
@@ -143,6 +160,11 @@ impl RouterConfig {
             prepare_max: self.prepare_max,
             commit_max: self.commit_max,
             debounce: self.debounce,
+            absence_max: self.absence_max,
+            balance_every: self.balance_every,
+            hot_replicas: self.hot_replicas,
+            moves_bytes_max: self.moves_bytes_max,
+            suspicion_max: self.heartbeat * SUSPECT_HEARTBEATS,
             backoff_min: self.backoff_min,
             backoff_max: self.backoff_max,
             prepare_failures_max: self.prepare_failures_max,

@@ -3,7 +3,7 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use mesh_core::{NodeId, ViewId};
+use mesh_core::{NodeId, Slot, ViewId};
 use mesh_proto::v1::control_server::Control;
 use mesh_proto::v1::node_message::Message;
 use mesh_proto::{Code, MeshError, v1};
@@ -120,10 +120,10 @@ fn event(node: NodeId, message: v1::NodeMessage) -> Option<Event> {
         Message::Failed(v) => Event::Failed(node, ViewId(v.view), v.reason),
         Message::Committed(v) => Event::Committed(node, ViewId(v.view)),
         Message::Leaving(leaving) => Event::Leaving(node, leaving.why),
+        Message::Draining(draining) => Event::Draining(node, draining.why),
         Message::Evidence(seen) => {
-            // The lease decides; what others saw helps to understand why.
-            tracing::warn!(%node, view = seen.view, expert_slot = seen.expert_slot, what = seen.what, "evidence");
-            return None;
+            let slot = Slot(u16::try_from(seen.expert_slot).ok()?);
+            Event::Evidence(node, ViewId(seen.view), slot, seen.what)
         }
         Message::Hello(_) => Event::Lost(node, "it said Hello twice".into()),
     })

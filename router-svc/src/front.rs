@@ -11,18 +11,22 @@ use tokio_util::sync::CancellationToken;
 use tonic::metadata::MetadataMap;
 use tonic::{Request, Response, Status};
 
-use crate::choice;
 use crate::config::RouterConfig;
 use crate::membership::Node;
 use crate::mesh::Mesh;
 use crate::plane::{Plane, Routing};
-use crate::relay::{self, Ends, Relay};
+use crate::relay::{Relay, RelayLimits, Relaying};
 use crate::validate;
 
 /// How long before its deadline a request is ended, so that the typed error is there before gRPC's own.
 const DEADLINE_MARGIN: Duration = Duration::from_millis(5);
 /// Longest deadline that is kept; a longer one is as good as none.
 const DEADLINE_MAX: Duration = Duration::from_secs(7 * 24 * 3600);
+
+/// How long a call waits for a node to be drained.
+const DRAIN_WAIT_MAX: Duration = Duration::from_secs(300);
+/// How often it looks.
+const DRAIN_POLL: Duration = Duration::from_millis(20);
 
 /// Requests of this router.
 #[derive(Debug, Default)]
@@ -40,6 +44,13 @@ pub struct Admitted {
     routing: Option<Routing>,
 }
 
+impl Admitted {
+    /// The request is counted at the attention node that was chosen, and no more at the one before.
+    pub fn routed(&mut self, routing: Routing) {
+        self.routing = Some(routing);
+    }
+}
+
 impl Drop for Admitted {
     fn drop(&mut self) {
         self.requests.active.fetch_sub(1, Ordering::Relaxed);
@@ -54,8 +65,7 @@ pub struct FrontDoor {
     places: Arc<Semaphore>,
     requests: Arc<Requests>,
     requests_max: usize,
-    wait_for_view_max: Duration,
-    stall_max: Duration,
+    limits: RelayLimits,
 }
 
 impl FrontDoor {
@@ -67,8 +77,11 @@ impl FrontDoor {
             places: Arc::new(Semaphore::new(config.requests_max)),
             requests: Arc::default(),
             requests_max: config.requests_max,
-            wait_for_view_max: config.wait_for_view_max,
-            stall_max: config.stall_max,
+            limits: RelayLimits {
+                stall_max: config.stall_max,
+                wait_for_view_max: config.wait_for_view_max,
+                move_max: config.move_max,
+            },
         }
     }
 
@@ -85,30 +98,12 @@ impl FrontDoor {
         Ok(Admitted { requests: Arc::clone(&self.requests), _permit: permit, routing: None })
     }
 
-    /// Waits, bounded, until requests are taken. A mesh that does not come up is told by [`Plane::choose`].
-    async fn wait_for_view(&self) {
-        let mut serving = self.plane.serving();
-        // Neither the time's end nor the sender's is an error here.
-        let _ended = tokio::time::timeout(self.wait_for_view_max, serving.wait_for(|serving| *serving)).await;
-    }
-
     async fn open(&self, mut request: v1::GenerateRequest, deadline: Option<Instant>) -> Result<Relay, MeshError> {
         validate::check(&request)?;
-        let mut admitted = self.admit()?;
+        let admitted = self.admit()?;
         name(&mut request)?;
-        let blocks = choice::blocks(&request);
-        let (id, stopping) = (request.request_id.clone(), self.stopping.clone());
-        let waiting = Ends::before_choice(stopping.clone(), deadline);
-        tokio::select! {
-            biased;
-            error = waiting => return Err(error),
-            () = self.wait_for_view() => {}
-        }
-        let (upstream, routing) = self.plane.choose(blocks)?;
-        admitted.routing = Some(routing);
-        tracing::debug!(request = id, node = upstream.label, "request routed");
-        let ends = Ends::of(&upstream, stopping, deadline);
-        relay::open(upstream, request, ends, admitted, self.stall_max).await
+        let (plane, stopping) = (Arc::clone(&self.plane), self.stopping.clone());
+        Relaying::new(plane, request, admitted, stopping, deadline, self.limits).open().await
     }
 }
 
@@ -153,6 +148,28 @@ impl MeshApi for FrontDoor {
         Ok(Response::new(relay.inspect_err(|error| tracing::debug!(%error, "request refused"))?))
     }
 
+    async fn drain(&self, request: Request<v1::DrainRequest>) -> Result<Response<v1::DrainResponse>, Status> {
+        let (id, node) = self.plane.drain(&request.into_inner().node)?;
+        let until = Instant::now() + DRAIN_WAIT_MAX;
+        // Few drains are under way at a time, and each takes as long as loading what the node holds.
+        while self.plane.read(|mesh| mesh.members().get(id).is_some()) {
+            if Instant::now() >= until {
+                let what = format!("{node} is not handed over after {DRAIN_WAIT_MAX:?}; it goes on being drained");
+                return Err(MeshError::new(Code::Deadline, what).at_node(node).into());
+            }
+            tokio::time::sleep(DRAIN_POLL).await;
+        }
+        let view = self.plane.read(|mesh| mesh.view().map_or(0, |v| v.id.0));
+        Ok(Response::new(v1::DrainResponse { node, view }))
+    }
+
+    async fn rebalance(
+        &self,
+        request: Request<v1::RebalanceRequest>,
+    ) -> Result<Response<v1::RebalanceResponse>, Status> {
+        Ok(Response::new(self.plane.rebalance(request.into_inner().dry_run)?))
+    }
+
     async fn status(&self, _: Request<v1::StatusRequest>) -> Result<Response<v1::StatusResponse>, Status> {
         let now = Instant::now();
         let mut response = self.plane.read(|mesh| status(mesh, now));
@@ -190,6 +207,8 @@ fn node_status(node: &Node, now: Instant) -> v1::NodeStatus {
         load: Some(node.load.clone()),
         since_heartbeat_ms: now.saturating_duration_since(node.heard).as_millis() as u64,
         name: registration.name.clone(),
+        draining: node.draining,
+        speed: node.speed as f32,
     }
 }
 

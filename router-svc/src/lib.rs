@@ -18,6 +18,7 @@ pub mod choice;
 pub mod config;
 pub mod control;
 pub mod front;
+pub mod load;
 pub mod membership;
 pub mod mesh;
 pub mod plane;

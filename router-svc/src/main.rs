@@ -26,11 +26,22 @@ struct Flags {
     /// Nodes that hold each expert.
     #[arg(long, env = "MESH_REPLICAS", default_value_t = 1, value_name = "N")]
     replicas: usize,
+    /// Further copies that the hottest experts get, over all layers.
+    #[arg(long, env = "MESH_HOT_REPLICAS", default_value_t = 0, value_name = "N",
+          value_parser = clap::builder::RangedU64ValueParser::<usize>::new().range(..=1 << 20))]
+    hot_replicas: usize,
+    /// Bytes of experts that one change of the view loads at most, beside experts that nobody holds.
+    #[arg(long, env = "MESH_MOVES_BYTES_MAX", default_value_t = RouterConfig::default().moves_bytes_max, value_name = "BYTES")]
+    moves_bytes_max: u64,
+    /// How long a lost expert node may come back before its copies are made elsewhere, as long as all experts have other
+    /// holders, milliseconds.
+    #[arg(long, env = "MESH_ABSENCE_MS", default_value_t = RouterConfig::default().absence_max.as_millis() as u64, value_name = "MS")]
+    absence_ms: u64,
     /// Requests at once; more are refused as overload.
     #[arg(long, env = "MESH_REQUESTS_MAX", default_value_t = RouterConfig::default().requests_max, value_name = "N")]
     requests_max: usize,
     /// How often nodes send heartbeats, milliseconds.
-    #[arg(long, env = "MESH_HEARTBEAT_MS", default_value_t = 1000, value_name = "MS")]
+    #[arg(long, env = "MESH_HEARTBEAT_MS", default_value_t = 200, value_name = "MS")]
     heartbeat_ms: u32,
     /// How long a node is trusted without a heartbeat, milliseconds.
     #[arg(long, env = "MESH_LEASE_MS", default_value_t = 10_000, value_name = "MS")]
@@ -46,6 +57,9 @@ impl Flags {
             experts_min: self.experts_min,
             replicas: self.replicas,
             requests_max: self.requests_max,
+            hot_replicas: self.hot_replicas,
+            moves_bytes_max: self.moves_bytes_max,
+            absence_max: Duration::from_millis(self.absence_ms),
             heartbeat: Duration::from_millis(self.heartbeat_ms.into()),
             lease: Duration::from_millis(self.lease_ms.into()),
             ..RouterConfig::default()

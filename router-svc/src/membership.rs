@@ -28,6 +28,8 @@ pub struct Registration {
     pub transport: String,
     /// The slot that it insists on.
     pub slot: Option<Slot>,
+    /// Bytes that it may fill with experts; 0: no limit.
+    pub capacity_bytes: u64,
     /// What must be the same all over the mesh.
     pub sameness: Sameness,
     /// The layers that have routed experts, ascending.
@@ -83,6 +85,7 @@ impl TryFrom<v1::RegisterRequest> for Registration {
             addr: request.addr,
             transport: request.transport,
             slot,
+            capacity_bytes: request.capacity_bytes,
             sameness: Sameness {
                 version: request.version,
                 protocol: request.protocol,
@@ -114,8 +117,12 @@ pub struct Node {
     pub heartbeats: u64,
     /// Whether it has committed a view: an attention node then takes requests.
     pub committed: bool,
+    /// Whether it hands over and goes: it is in no further view and takes no more requests.
+    pub draining: bool,
     /// Prepared views in a row that failed because of this node.
     pub failures: u32,
+    /// How fast it answers beside the others, as placement counts it; 1 is usual.
+    pub speed: f64,
     /// When it was last heard.
     pub heard: Instant,
     token: Token,
@@ -202,7 +209,9 @@ impl Members {
             routed_requests: 0,
             heartbeats: 0,
             committed: false,
+            draining: false,
             failures: 0,
+            speed: 1.0,
             heard: now,
             token,
             session: false,
@@ -296,6 +305,37 @@ impl Members {
             node.routed_blocks = 0;
             node.routed_requests = 0;
             node.heartbeats += 1;
+        }
+    }
+
+    /// Somebody waits for the node in vain: unless it is heard within `patience` of its last sign of life, it is lost.
+    pub fn suspect(&mut self, node: NodeId, patience: Duration) {
+        if let Some(node) = self.nodes.get_mut(&node).filter(|n| n.session) {
+            node.until = node.until.min(node.heard + patience);
+        }
+    }
+
+    /// The node that goes by a name: its own, its id (`node-7`), or its role and slot (`expert-2`).
+    ///
+    /// # Errors
+    /// [`Code::InvalidRequest`] when there is none, or several of that name.
+    pub fn named(&self, name: &str) -> Result<&Node, MeshError> {
+        let by_place = |n: &Node| format!("{}-{}", n.role(), n.slot.0) == name || n.id.to_string() == name;
+        let live = || self.nodes.values().filter(|n| n.is_live());
+        if let Some(node) = live().find(|n| by_place(n)) {
+            return Ok(node);
+        }
+        let mut named = live().filter(|n| n.registration.name == name);
+        match (named.next(), named.next()) {
+            (Some(node), None) => Ok(node),
+            (Some(_), Some(_)) => {
+                let what = format!("several nodes are named {name:?}; say which by its id, e.g. node-7");
+                Err(MeshError::invalid("node", what))
+            }
+            (None, _) => {
+                let known: Vec<String> = live().map(|n| format!("{}-{}", n.role(), n.slot.0)).collect();
+                Err(MeshError::invalid("node", format!("no node is called {name:?}; there are {}", known.join(", "))))
+            }
         }
     }
 

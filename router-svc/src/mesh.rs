@@ -8,11 +8,13 @@ use std::collections::BTreeSet;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use mesh_core::placement::{Placement, PlacementError};
+use mesh_core::balance::{self, NodeRoom, Placed, Wanted};
+use mesh_core::placement::PlacementError;
 use mesh_core::view::{Member, View};
-use mesh_core::{NodeId, Role, ViewId};
+use mesh_core::{NodeId, Role, Slot, ViewId};
 use mesh_proto::{Code, MeshError, v1};
 
+use crate::load::Loads;
 use crate::membership::{Members, Node, Registration, Token};
 
 /// The bounds that the control plane keeps.
@@ -36,6 +38,17 @@ pub struct Policy {
     pub commit_max: Duration,
     /// How long a membership change waits for others to share its view.
     pub debounce: Duration,
+    /// How long a lost expert node may come back before its copies are made elsewhere, as long as every expert has another
+    /// holder.
+    pub absence_max: Duration,
+    /// How often load and speed are compared with the placement.
+    pub balance_every: Duration,
+    /// Further copies that the hottest experts get.
+    pub hot_replicas: usize,
+    /// Bytes of experts that one change loads at most, beside those that nobody holds.
+    pub moves_bytes_max: u64,
+    /// How long a node that others wait for in vain may be without a sign of life.
+    pub suspicion_max: Duration,
     /// Pause after the first abandoned change; doubles with each in a row.
     pub backoff_min: Duration,
     /// The longest such pause.
@@ -57,6 +70,10 @@ pub enum Event {
     Failed(NodeId, ViewId, String),
     /// The view is in force on a node.
     Committed(NodeId, ViewId),
+    /// A node is to be handed over and dismissed.
+    Draining(NodeId, String),
+    /// An attention node waits in vain for the expert node at a slot of a view, or lost its channel.
+    Evidence(NodeId, ViewId, Slot, String),
     /// A node goes in good order: what it has begun for clients it ends itself.
     Leaving(NodeId, String),
     /// A node's session is over, and why.
@@ -81,6 +98,8 @@ pub enum Order {
 pub enum Action {
     /// Send this on the node's session.
     Send(NodeId, Order),
+    /// Move the requests that an attention node has to others.
+    HandOver(NodeId),
     /// The node is no member any more: tell it why and close its session. Unless it goes in good order, what waits for
     /// it waits in vain.
     Gone {
@@ -90,6 +109,8 @@ pub enum Action {
         why: String,
         /// Whether it ends by itself what it has begun.
         in_order: bool,
+        /// Whether it was drained, as it asked or was asked to.
+        drained: bool,
     },
 }
 
@@ -98,6 +119,25 @@ enum Phase {
     Preparing,
     CommittingExperts,
     CommittingAttention,
+}
+
+/// How a node's membership ends.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum End {
+    Lost,
+    InOrder,
+    Drained,
+}
+
+/// How much an expert node can hold and do.
+fn room(node: &Node) -> NodeRoom {
+    let (capacity, each) = (node.registration.capacity_bytes, node.load.expert_bytes);
+    let experts_max = (capacity > 0 && each > 0).then(|| usize::try_from(capacity / each).unwrap_or(usize::MAX));
+    NodeRoom { slot: node.slot, experts_max, speed: node.speed }
+}
+
+fn names(view: &View, node: NodeId) -> bool {
+    view.attention.iter().chain(&view.experts).any(|m| m.node == node)
 }
 
 /// A view on its way.
@@ -120,6 +160,9 @@ pub struct Mesh {
     change: Option<Change>,
     /// When the membership is to be compared with the view.
     review: Option<Instant>,
+    /// When load and speed are to be compared with the placement.
+    balance_at: Instant,
+    loads: Loads,
     /// Changes abandoned in a row.
     abandoned: u32,
     actions: Vec<Action>,
@@ -136,6 +179,8 @@ impl Mesh {
             view_next: 1,
             change: None,
             review: None,
+            balance_at: Instant::now(),
+            loads: Loads::default(),
             abandoned: 0,
             actions: Vec::new(),
         }
@@ -193,7 +238,8 @@ impl Mesh {
         let change = self.change.as_ref().map(|c| c.until);
         // While a change is under way, only its end lets the membership be looked at again.
         let review = if change.is_some() { None } else { self.review };
-        [self.members.expiry_next(), change, review].into_iter().flatten().min()
+        let balance = self.view.as_ref().map(|_| self.balance_at);
+        [self.members.expiry_next(), change, review, balance].into_iter().flatten().min()
     }
 
     /// Takes an event in and says what is to be done about it.
@@ -203,7 +249,10 @@ impl Mesh {
                 tracing::info!(%node, label = self.label(node), "node joined");
                 self.review_within(self.policy.debounce, now);
             }
-            Event::Heartbeat(node, load) => self.members.heartbeat(node, load, now),
+            Event::Heartbeat(node, load) => {
+                self.loads.heartbeat(node, &load, now);
+                self.members.heartbeat(node, load, now);
+            }
             Event::Prepared(node, view) => {
                 self.answered(node, view, |phase| matches!(phase, Phase::Preparing), now);
             }
@@ -211,8 +260,10 @@ impl Mesh {
                 self.committed(node, view, now);
             }
             Event::Failed(node, view, reason) => self.failed(node, view, &reason, now),
-            Event::Leaving(node, why) => self.remove(node, &format!("left: {why}"), true, now),
-            Event::Lost(node, why) => self.remove(node, &why, false, now),
+            Event::Draining(node, why) => self.drain(node, &why, now),
+            Event::Evidence(from, view, slot, what) => self.evidence(from, view, slot, &what),
+            Event::Leaving(node, why) => self.remove(node, &format!("left: {why}"), End::InOrder, now),
+            Event::Lost(node, why) => self.remove(node, &why, End::Lost, now),
             Event::Tick => {}
         }
         self.tick(now);
@@ -235,7 +286,7 @@ impl Mesh {
                 true => format!("no heartbeat within its lease of {:?}", self.policy.lease),
                 false => format!("no session within {:?} of its registration", self.policy.hello_max),
             };
-            self.remove(node, &why, false, now);
+            self.remove(node, &why, End::Lost, now);
         }
         if self.change.as_ref().is_some_and(|c| c.until <= now) {
             self.overdue(now);
@@ -243,6 +294,51 @@ impl Mesh {
         if self.change.is_none() && self.review.is_some_and(|at| at <= now) {
             self.review = None;
             self.begin(now);
+            self.dismiss_drained(now);
+        }
+        if self.view.is_some() && self.balance_at <= now {
+            self.balance(now);
+        }
+    }
+
+    /// A node wants to go, or is to: others take over what it holds, then it is dismissed.
+    fn drain(&mut self, node: NodeId, why: &str, now: Instant) {
+        let Some(member) = self.members.get_mut(node).filter(|n| n.is_live() && !n.draining) else { return };
+        member.draining = true;
+        let (role, label) = (member.role(), member.label());
+        tracing::info!(%node, label, why, "node is drained");
+        if role == Role::Attention {
+            self.actions.push(Action::HandOver(node));
+        }
+        if self.change.as_ref().is_some_and(|c| matches!(c.phase, Phase::Preparing) && names(&c.view, node)) {
+            self.abandon(&format!("{label} is drained"), &[], now);
+        }
+        self.review_within(Duration::ZERO, now);
+    }
+
+    /// Dismisses who is drained and in no view any more, or cannot be handed over: nobody of its role would be left.
+    fn dismiss_drained(&mut self, now: Instant) {
+        if self.change.is_some() {
+            return;
+        }
+        let needed = |n: &Node| self.view.as_ref().is_some_and(|v| names(v, n.id)) && self.can_replace(n.role());
+        let done: Vec<NodeId> = self.members.iter().filter(|n| n.draining && !needed(n)).map(|n| n.id).collect();
+        for node in done {
+            self.remove(node, "drained", End::Drained, now);
+        }
+    }
+
+    /// Whether a view could do without the role's draining nodes.
+    fn can_replace(&self, role: Role) -> bool {
+        self.members.live(role).any(|n| !n.draining)
+    }
+
+    /// What an attention node saw of an expert node: with a heartbeat overdue too, it is lost.
+    fn evidence(&mut self, from: NodeId, view: ViewId, slot: Slot, what: &str) {
+        let of_view = self.view.as_ref().filter(|v| v.id == view).and_then(|v| v.expert(slot)).map(|m| m.node);
+        tracing::warn!(from = self.label(from), view = view.0, %slot, what, "evidence");
+        if let Some(node) = of_view {
+            self.members.suspect(node, self.policy.suspicion_max);
         }
     }
 
@@ -257,25 +353,32 @@ impl Mesh {
         }
         // Its state is unknown: the only safe view is one without it.
         for node in waiting {
-            self.remove(node, &format!("did not commit within {:?}", self.policy.commit_max), false, now);
+            self.remove(node, &format!("did not commit within {:?}", self.policy.commit_max), End::Lost, now);
         }
     }
 
-    fn remove(&mut self, node: NodeId, why: &str, in_order: bool, now: Instant) {
+    fn remove(&mut self, node: NodeId, why: &str, end: End, now: Instant) {
         let Some(gone) = self.members.remove(node) else { return };
+        self.loads.forget(node);
+        if gone.role() == Role::Expert {
+            self.loads.forget_slot(gone.slot);
+        }
         let label = gone.label();
+        let (in_order, drained) = (end != End::Lost, end == End::Drained);
         if in_order {
             tracing::info!(%node, label, why, "node left in good order");
         } else {
             tracing::warn!(%node, label, why, "node gone");
         }
-        self.actions.push(Action::Gone { node, why: why.to_owned(), in_order });
+        self.actions.push(Action::Gone { node, why: why.to_owned(), in_order, drained });
         if !gone.is_live() {
             return;
         }
-        self.review_within(Duration::ZERO, now);
+        let covered = gone.role() == Role::Expert && self.view.as_ref().is_some_and(|v| self.is_covered(v));
+        let pause = if covered && !in_order { self.policy.absence_max } else { Duration::ZERO };
+        self.review_within(pause, now);
         let Some(change) = &mut self.change else { return };
-        let is_member = change.view.attention.iter().chain(&change.view.experts).any(|m| m.node == node);
+        let is_member = names(&change.view, node);
         if !is_member {
             return;
         }
@@ -290,13 +393,13 @@ impl Mesh {
 
     fn failed(&mut self, node: NodeId, view: ViewId, reason: &str, now: Instant) {
         let Some(change) = self.change.as_ref().filter(|c| c.view.id == view) else { return };
-        let is_member = change.view.attention.iter().chain(&change.view.experts).any(|m| m.node == node);
+        let is_member = names(&change.view, node);
         if !is_member {
             return;
         }
         if !matches!(change.phase, Phase::Preparing) {
             // It said Prepared before and broke its word: others may have committed, so it is the one to go.
-            return self.remove(node, &format!("failed {view} after it had prepared it: {reason}"), false, now);
+            return self.remove(node, &format!("failed {view} after it had prepared it: {reason}"), End::Lost, now);
         }
         let why = format!("{}: {reason}", self.label(node));
         self.abandon(&why, &[node], now);
@@ -327,20 +430,19 @@ impl Mesh {
     /// Counts a failed view against nodes, and dismisses those that never served and keep failing.
     fn blame(&mut self, blamed: &[NodeId], why: &str, now: Instant) {
         for id in blamed {
-            let serves =
-                self.view.as_ref().is_some_and(|v| v.attention.iter().chain(&v.experts).any(|m| m.node == *id));
+            let serves = self.view.as_ref().is_some_and(|v| names(v, *id));
             let Some(node) = self.members.get_mut(*id) else { continue };
             node.failures += 1;
             if node.failures >= self.policy.prepare_failures_max && !serves {
                 let failures = node.failures;
-                self.remove(*id, &format!("failed {failures} views in a row, the last with: {why}"), false, now);
+                self.remove(*id, &format!("failed {failures} views in a row, the last with: {why}"), End::Lost, now);
             }
         }
     }
 
-    /// Issues a view for the present membership, if it differs from the view in force and suffices.
+    /// Issues a view for the present membership and load, if it differs from the view in force and suffices.
     fn begin(&mut self, now: Instant) {
-        let Some(view) = self.plan() else { return };
+        let Some((view, placed)) = self.plan() else { return };
         let waiting: BTreeSet<NodeId> = view.attention.iter().chain(&view.experts).map(|m| m.node).collect();
         let view = Arc::new(view);
         self.view_next += 1;
@@ -348,17 +450,24 @@ impl Mesh {
             view = view.id.0,
             attention = view.attention.len(),
             experts = view.experts.len(),
+            loads = placed.moves.len(),
+            dropped = placed.dropped,
+            deferred = placed.deferred,
             "preparing view"
         );
+        if placed.deferred {
+            self.review_within(self.policy.debounce, now);
+        }
         self.actions.extend(waiting.iter().map(|n| Action::Send(*n, Order::Prepare(Arc::clone(&view)))));
         self.change = Some(Change { view, phase: Phase::Preparing, waiting, until: now + self.policy.prepare_max });
     }
 
-    fn plan(&self) -> Option<View> {
+    fn plan(&self) -> Option<(View, Placed)> {
         let by_slot = |role, addressed: bool| {
             let addr = |n: &Node| if addressed { n.registration.addr.clone() } else { String::new() };
             let member = |n: &Node| Member { slot: n.slot, node: n.id, data_addr: addr(n) };
-            let mut members: Vec<Member> = self.members.live(role).map(member).collect();
+            let staying = self.members.live(role).filter(|n| !n.draining);
+            let mut members: Vec<Member> = staying.map(member).collect();
             members.sort_by_key(|m| m.slot);
             members
         };
@@ -378,32 +487,113 @@ impl Mesh {
             );
             return None;
         }
-        if self.view.as_ref().is_some_and(|v| v.attention == attention && v.experts == experts) {
-            return None;
-        }
-        match self.place(&experts) {
-            Ok(placement) => Some(View { id: ViewId(self.view_next), attention, experts, placement }),
+        let placed = match self.place(&experts) {
+            Ok(placed) => placed,
             Err(error) => {
                 tracing::error!(%error, "no placement");
-                None
+                return None;
             }
+        };
+        let same = self.view.as_ref().is_some_and(|v| v.attention == attention && v.experts == experts);
+        if same && placed.moves.is_empty() && placed.dropped == 0 {
+            return None;
         }
+        let placement = placed.placement.clone();
+        Some((View { id: ViewId(self.view_next), attention, experts, placement }, placed))
     }
 
-    fn place(&self, experts: &[Member]) -> Result<Placement, PlacementError> {
+    fn place(&self, experts: &[Member]) -> Result<Placed, PlacementError> {
         let Some(first) = self.members.sameness() else { return Err(PlacementError::NoNodes { experts: 0 }) };
         let registration = &first.registration;
-        let slots: Vec<_> = experts.iter().map(|m| m.slot).collect();
-        let replicas = self.policy.replicas.clamp(1, slots.len().max(1));
+        let (moe_layers, per_layer) = (&registration.moe_layers, registration.sameness.model.experts as usize);
+        let nodes: Vec<NodeRoom> = experts.iter().filter_map(|m| self.members.get(m.node)).map(room).collect();
+        let replicas = self.policy.replicas.clamp(1, nodes.len().max(1));
         if replicas < self.policy.replicas {
             tracing::warn!(wanted = self.policy.replicas, replicas, "fewer expert nodes than replicas wanted");
         }
-        Placement::balanced(
-            registration.moe_layers.clone(),
-            registration.sameness.model.experts as usize,
-            &slots,
+        let expert_bytes = self.expert_bytes().max(1);
+        balance::place(&Wanted {
+            moe_layers,
+            experts: per_layer,
+            nodes: &nodes,
             replicas,
-        )
+            loads: &self.loads.rates(moe_layers.len() * per_layer),
+            hot_replicas: self.policy.hot_replicas,
+            moves_max: usize::try_from(self.policy.moves_bytes_max / expert_bytes).unwrap_or(usize::MAX).max(1),
+            before: self.view.as_ref().map(|v| &v.placement),
+        })
+    }
+
+    /// Bytes of one expert, as expert nodes say; 0 while none has said so.
+    fn expert_bytes(&self) -> u64 {
+        self.members.live(Role::Expert).map(|n| n.load.expert_bytes).max().unwrap_or(0)
+    }
+
+    /// What a change now would load, and its bytes; and whether the change was begun. `None`: nothing is to be done.
+    ///
+    /// # Errors
+    /// [`Code::Overloaded`] while another change is under way, [`Code::NotServing`] without a view.
+    pub fn rebalance(
+        &mut self,
+        dry_run: bool,
+        now: Instant,
+    ) -> Result<(v1::RebalanceResponse, Vec<Action>), MeshError> {
+        if self.view.is_none() {
+            return Err(self.why_not_serving());
+        }
+        if let Some(change) = self.change.as_ref().filter(|_| !dry_run) {
+            let what = format!("{} is being prepared; try again once it is in force", change.view.id);
+            return Err(MeshError::new(Code::Overloaded, what));
+        }
+        self.measure_speeds();
+        let Some((view, placed)) = self.plan() else { return Ok((v1::RebalanceResponse::default(), Vec::new())) };
+        let moves = placed.moves.iter().map(|m| v1::ExpertMove {
+            layer: m.layer.0.into(),
+            expert: m.expert.0.into(),
+            slot: m.to.0.into(),
+            why: m.why.to_string(),
+        });
+        let mut told = v1::RebalanceResponse {
+            moves: moves.collect(),
+            bytes: placed.moves.len() as u64 * self.expert_bytes(),
+            dropped: placed.dropped as u32,
+            deferred: placed.deferred,
+            view: 0,
+        };
+        if !dry_run {
+            told.view = view.id.0;
+            self.begin(now);
+        }
+        Ok((told, std::mem::take(&mut self.actions)))
+    }
+
+    /// Takes over how fast expert nodes have been.
+    fn measure_speeds(&mut self) {
+        let speeds = self.loads.speeds();
+        let experts: Vec<(NodeId, Slot)> = self.members.live(Role::Expert).map(|n| (n.id, n.slot)).collect();
+        for (id, slot) in experts {
+            let speed = speeds.get(&slot).copied().unwrap_or(1.0);
+            let Some(node) = self.members.get_mut(id) else { continue };
+            if (speed < 1.0) != (node.speed < 1.0) {
+                let label = node.label();
+                tracing::info!(
+                    node = label,
+                    speed,
+                    "an expert node is {}",
+                    if speed < 1.0 { "slow" } else { "fast again" }
+                );
+            }
+            node.speed = speed;
+        }
+    }
+
+    /// Looks whether load or speed ask for another placement.
+    fn balance(&mut self, now: Instant) {
+        self.balance_at = now + self.policy.balance_every;
+        self.measure_speeds();
+        if self.view.is_some() && self.change.is_none() && self.review.is_none() {
+            self.begin(now);
+        }
     }
 
     fn committed(&mut self, node: NodeId, view: ViewId, now: Instant) {
@@ -437,7 +627,7 @@ impl Mesh {
                     tracing::info!(view = id.0, "view committed");
                     self.abandoned = 0;
                     self.change = None;
-                    return;
+                    return self.dismiss_drained(now);
                 }
             };
             let group = match next {
@@ -460,7 +650,7 @@ impl Mesh {
     pub fn close(&mut self, why: &str) -> Vec<Action> {
         let nodes: Vec<NodeId> = self.members.iter().map(|n| n.id).collect();
         let gone = nodes.into_iter().filter_map(|node| self.members.remove(node));
-        let gone = gone.map(|n| Action::Gone { node: n.id, why: why.to_owned(), in_order: true });
+        let gone = gone.map(|n| Action::Gone { node: n.id, why: why.to_owned(), in_order: true, drained: false });
         let actions = gone.collect();
         (self.change, self.review) = (None, None);
         actions

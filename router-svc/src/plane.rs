@@ -47,11 +47,13 @@ struct Link {
 /// The way to an attention node.
 #[derive(Clone, Debug)]
 pub struct Upstream {
+    /// The node.
+    pub node: NodeId,
     /// What the node is called in errors.
     pub label: String,
     /// Its service.
     pub client: AttentionClient<Channel>,
-    /// Cancelled when the node is lost: its streams are waited for in vain.
+    /// Cancelled when the node is lost or hands over: its requests go on elsewhere.
     pub lost: CancellationToken,
 }
 
@@ -186,11 +188,12 @@ impl Plane {
     fn upstream(&self, mesh: &Mesh, node: NodeId) -> Result<Option<Upstream>, MeshError> {
         let attention = mesh.members().get(node).filter(|n| n.role() == Role::Attention);
         let Some(node) = attention else { return Ok(None) };
+        let id = node.id;
         let channel = self.endpoint(&node.registration.addr)?.connect_lazy();
         let client = AttentionClient::new(channel)
             .max_decoding_message_size(MESSAGE_BYTES_MAX)
             .max_encoding_message_size(MESSAGE_BYTES_MAX);
-        Ok(Some(Upstream { label: node.label(), client, lost: CancellationToken::new() }))
+        Ok(Some(Upstream { node: id, label: node.label(), client, lost: CancellationToken::new() }))
     }
 
     /// Takes an event in and does what follows from it.
@@ -212,9 +215,14 @@ impl Plane {
                         actions.extend(state.mesh.step(Event::Lost(node, why), now));
                     }
                 }
-                Action::Gone { node, why, in_order } => {
+                Action::HandOver(node) => {
+                    if let Some(upstream) = state.links.get(&node).and_then(|l| l.attention.as_ref()) {
+                        upstream.lost.cancel();
+                    }
+                }
+                Action::Gone { node, why, in_order, drained } => {
                     let Some(link) = state.links.remove(&node) else { continue };
-                    dismiss(&link, why);
+                    dismiss(&link, why, drained);
                     if let Some(upstream) = link.attention.filter(|_| !in_order) {
                         upstream.lost.cancel();
                     }
@@ -226,19 +234,56 @@ impl Plane {
         self.changed.notify_one();
     }
 
-    /// Picks the attention node for a request that may need that many KV blocks.
+    /// Picks the attention node for a request that may need that many KV blocks; not `avoid`.
     ///
     /// # Errors
     /// [`Code::NotServing`].
-    pub fn choose(self: &Arc<Self>, blocks: u64) -> Result<(Upstream, Routing), MeshError> {
+    pub fn choose(self: &Arc<Self>, blocks: u64, avoid: Option<NodeId>) -> Result<(Upstream, Routing), MeshError> {
         let mut state = self.lock();
         if !state.mesh.is_serving() {
             return Err(state.mesh.why_not_serving());
         }
-        let chosen = choice::choose(state.mesh.members_mut(), blocks);
+        let chosen = choice::choose(state.mesh.members_mut(), blocks, avoid);
         let upstream = chosen.and_then(|routed| Some((state.links.get(&routed.node)?.attention.clone()?, routed)));
         let (upstream, routed) = upstream.ok_or_else(|| state.mesh.why_not_serving())?;
         Ok((upstream, Routing { plane: Arc::clone(self), routed }))
+    }
+
+    /// Waits, bounded, until requests are taken. A mesh that does not come up is told by [`Plane::choose`].
+    pub async fn wait_serving(&self, at_most: Duration) {
+        let mut serving = self.serving();
+        // Neither the time's end nor the sender's is an error here.
+        let _ended = tokio::time::timeout(at_most, serving.wait_for(|serving| *serving)).await;
+    }
+
+    /// Begins to drain the node of that name, and gives its id and label.
+    ///
+    /// # Errors
+    /// [`Code::InvalidRequest`] when there is no such node, or nobody who could take over from it.
+    pub fn drain(&self, name: &str) -> Result<(NodeId, String), MeshError> {
+        let mut state = self.lock();
+        let node = state.mesh.members().named(name)?;
+        let (id, label, role) = (node.id, node.label(), node.role());
+        if !state.mesh.members().live(role).any(|n| n.id != id && !n.draining) {
+            let what = format!("{label} is the last {role} node: nobody could take over; start another first");
+            return Err(MeshError::invalid("node", what).at_node(label));
+        }
+        let now = Instant::now();
+        let actions = state.mesh.step(Event::Draining(id, "asked for by an operator".into()), now);
+        self.act(&mut state, actions, now);
+        Ok((id, label))
+    }
+
+    /// Places experts anew by load and speed, or says what would move.
+    ///
+    /// # Errors
+    /// As [`Mesh::rebalance`].
+    pub fn rebalance(&self, dry_run: bool) -> Result<v1::RebalanceResponse, MeshError> {
+        let mut state = self.lock();
+        let now = Instant::now();
+        let (told, actions) = state.mesh.rebalance(dry_run, now)?;
+        self.act(&mut state, actions, now);
+        Ok(told)
     }
 
     /// Tells every node that the router goes, and ends the sessions. Nothing is served from here on.
@@ -266,8 +311,8 @@ impl Plane {
     }
 }
 
-fn dismiss(link: &Link, why: String) {
-    let message = Message::Dismissed(v1::Dismissed { why });
+fn dismiss(link: &Link, why: String, drained: bool) {
+    let message = Message::Dismissed(v1::Dismissed { why, drained });
     // A full queue or a closed session: the node learns by the stream's end.
     let _unreachable = link.out.try_send(Ok(v1::RouterMessage { message: Some(message) }));
     link.closed.cancel();

@@ -59,6 +59,8 @@ pub enum ServiceError {
         uri: String,
         /// The router's words.
         why: String,
+        /// As the node asked or was asked to: it is to end.
+        drained: bool,
     },
     /// The session broke; with it the lease is lost.
     #[error("session with router {uri} is lost: {why}")]
@@ -68,4 +70,11 @@ pub enum ServiceError {
         /// How it ended.
         why: String,
     },
+}
+
+impl ServiceError {
+    /// Whether the membership is lost while the node itself is well: it keeps what it holds and registers again.
+    pub fn may_rejoin(&self) -> bool {
+        matches!(self, ServiceError::SessionLost { .. } | ServiceError::Dismissed { drained: false, .. })
+    }
 }

@@ -32,9 +32,16 @@ impl Active {
     /// The request, and the sequence that it is to the scheduler.
     pub fn new(submission: Submission, events: mpsc::Sender<Result<Event, MeshError>>) -> (Self, NewSequence) {
         let Submission { mut request, detokenizer, deadline } = submission;
+        if !request.resumed.is_empty() {
+            // They came with the first token.
+            request.prompt_logprobs = None;
+        }
+        let (mut prompt, resumed) = (request.prompt.clone(), request.resumed.len() as u32);
+        let prompt_tokens = prompt.len() as u32;
+        prompt.extend_from_slice(&request.resumed);
         let sequence = NewSequence {
-            prompt: request.prompt.clone(),
-            max_new_tokens: request.max_new_tokens,
+            prompt,
+            max_new_tokens: request.max_new_tokens - resumed,
             score_prompt: request.prompt_logprobs.is_some(),
         };
         let active = Self {
@@ -46,9 +53,50 @@ impl Active {
             chosen: 0,
             prompt: Vec::new(),
             routing: Vec::new(),
-            routed: 0,
+            // The last of them has not entered the model: its routing was not told.
+            routed: if resumed == 0 { 0 } else { prompt_tokens + resumed - 1 },
         };
         (active, sequence)
+    }
+
+    /// Goes over the tokens that were generated elsewhere, whose text and scores the listener has. `true` when generation
+    /// ended with the last of them: the listener has then been told.
+    ///
+    /// # Errors
+    /// `INTERNAL` when the tokenizer is damaged.
+    pub fn resume(&mut self, eos: &[u32]) -> Result<bool, MeshError> {
+        for id in self.request.resumed.clone() {
+            let (_, ended) = self.take(id, eos)?;
+            if let Some(reason) = ended {
+                self.finish(reason)?;
+                return Ok(true);
+            }
+        }
+        Ok(false)
+    }
+
+    /// Counts a token as generated; returns the text that became certain with it, and whether it ended generation.
+    fn take(&mut self, id: u32, eos: &[u32]) -> Result<(String, Option<FinishReason>), MeshError> {
+        self.seen.push(id);
+        self.chosen += 1;
+        let ends = self.request.stop_token_ids.contains(&id) || (self.request.stop_at_eos && eos.contains(&id));
+        let text = if ends { String::new() } else { self.text.push(id).map_err(|e| self.defect(&e))? };
+        let reason = if ends || self.text.stopped() {
+            Some(FinishReason::Stop)
+        } else if self.chosen == self.request.max_new_tokens {
+            Some(FinishReason::Length)
+        } else {
+            None
+        };
+        Ok((text, reason))
+    }
+
+    fn finish(&mut self, reason: FinishReason) -> Result<(), MeshError> {
+        let text = self.text.finish().map_err(|e| self.defect(&e))?;
+        // The last bytes can complete a stop string that nothing else did.
+        let reason = if self.text.stopped() { FinishReason::Stop } else { reason };
+        self.tell(Ok(Event::Finished { reason, text, completion_tokens: self.chosen }));
+        Ok(())
     }
 
     /// Whether nobody listens any more.
@@ -95,27 +143,15 @@ impl Active {
     pub fn choose(&mut self, logits: &[f32], sampler: &mut Sampler, eos: &[u32]) -> Result<Option<u32>, MeshError> {
         let chosen = sampler.choose(logits, &self.request.sampling, &self.seen, self.chosen);
         let id = chosen.map_err(|e| self.defect(&e))?;
-        self.seen.push(id);
-        self.chosen += 1;
+        let (text, ended) = self.take(id, eos)?;
         let mut token = scored(id, logits, self.request.logprobs);
         if self.request.return_logits {
             token.logits = logits.to_vec();
         }
-        let ends = self.request.stop_token_ids.contains(&id) || (self.request.stop_at_eos && eos.contains(&id));
-        let text = if ends { String::new() } else { self.text.push(id).map_err(|e| self.defect(&e))? };
         let (prompt, routing) = (std::mem::take(&mut self.prompt), std::mem::take(&mut self.routing));
         self.tell(Ok(Event::Token(Box::new(Progress { token, text, prompt, routing }))));
-        let reason = if ends || self.text.stopped() {
-            FinishReason::Stop
-        } else if self.chosen == self.request.max_new_tokens {
-            FinishReason::Length
-        } else {
-            return Ok(Some(id));
-        };
-        let text = self.text.finish().map_err(|e| self.defect(&e))?;
-        // The last bytes can complete a stop string that nothing else did.
-        let reason = if self.text.stopped() { FinishReason::Stop } else { reason };
-        self.tell(Ok(Event::Finished { reason, text, completion_tokens: self.chosen }));
+        let Some(reason) = ended else { return Ok(Some(id)) };
+        self.finish(reason)?;
         Ok(None)
     }
 

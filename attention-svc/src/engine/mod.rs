@@ -13,15 +13,15 @@ mod active;
 mod tests;
 mod worker;
 
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
+use std::sync::{Arc, PoisonError, RwLock};
 use std::time::{Duration, Instant};
 
 use mesh_core::view::View;
 use mesh_core::{LayerId, Slot, ViewId};
 use mesh_proto::{Code, MeshError};
 use mesh_service::membership::Evidence;
-use mesh_transport::Wake;
+use mesh_transport::{Transport, Wake};
 use tokio::sync::{mpsc, oneshot};
 
 use crate::kv_blocks::KvBlocks;
@@ -58,6 +58,8 @@ pub trait ModelRunner: Send + 'static {
     fn commit_view(&mut self, id: ViewId) -> Result<(), RunError>;
     /// Forgets a prepared view.
     fn abandon_view(&mut self, id: ViewId);
+    /// Takes another data plane: the node registered anew, under a slot.
+    fn rejoin(&mut self, transport: Box<dyn Transport>, slot: Slot);
     /// Whether steps can be computed.
     fn serving(&self) -> bool;
     /// Waits until `deadline` or a wake-up.
@@ -88,6 +90,10 @@ impl ModelRunner for Runner {
 
     fn abandon_view(&mut self, id: ViewId) {
         Runner::abandon_view(self, id);
+    }
+
+    fn rejoin(&mut self, transport: Box<dyn Transport>, slot: Slot) {
+        Runner::rejoin(self, transport, slot);
     }
 
     fn serving(&self) -> bool {
@@ -235,6 +241,16 @@ enum Command {
     Submit(Box<Submission>, mpsc::Sender<Result<Event, MeshError>>),
     Prepare(Arc<View>, oneshot::Sender<Result<(), String>>),
     Commit(ViewId, oneshot::Sender<Result<(), String>>),
+    Rejoin(Box<dyn Transport>, Slot, oneshot::Sender<()>),
+}
+
+/// Wakes the engine through whichever data plane it has.
+struct EngineWaker(RwLock<Arc<dyn Wake>>);
+
+impl Wake for EngineWaker {
+    fn wake(&self) {
+        self.0.read().unwrap_or_else(PoisonError::into_inner).wake();
+    }
 }
 
 /// A running engine.
@@ -256,7 +272,8 @@ pub fn start(runner: impl ModelRunner, options: EngineOptions) -> std::io::Resul
     let (lost_tx, lost) = mpsc::channel(LOST_MAX);
     let (ended_tx, ended) = oneshot::channel();
     let shared = Arc::new(Shared::default());
-    let handle = EngineHandle { commands, waker: runner.waker(), shared: shared.clone() };
+    let waker = Arc::new(EngineWaker(RwLock::new(runner.waker())));
+    let handle = EngineHandle { commands, waker, shared: shared.clone() };
     let kv = KvBlocks::new(options.kv_pages, options.page_tokens);
     let scheduler = Scheduler::new(options.limits, kv);
     let worker = Worker::new(runner, scheduler, options, inbox, lost_tx, shared);
@@ -272,7 +289,7 @@ pub fn start(runner: impl ModelRunner, options: EngineOptions) -> std::io::Resul
 #[derive(Clone)]
 pub struct EngineHandle {
     commands: mpsc::Sender<Command>,
-    waker: Arc<dyn Wake>,
+    waker: Arc<EngineWaker>,
     shared: Arc<Shared>,
 }
 
@@ -312,6 +329,22 @@ impl EngineHandle {
         self.order(|done| Command::Commit(id, done)).await
     }
 
+    /// Gives the engine the data plane of a new membership. Requests wait for its first view.
+    ///
+    /// # Errors
+    /// `NOT_SERVING` when the engine has stopped.
+    pub async fn rejoin(&self, transport: Box<dyn Transport>, slot: Slot) -> Result<(), MeshError> {
+        let (done, answer) = oneshot::channel();
+        let waker = transport.waker();
+        self.commands.send(Command::Rejoin(transport, slot, done)).await.map_err(|_| stopped())?;
+        self.waker.wake();
+        answer.await.map_err(|_| stopped())?;
+        *self.waker.0.write().unwrap_or_else(PoisonError::into_inner) = waker;
+        // What was asked for between the two is seen now.
+        self.waker.wake();
+        Ok(())
+    }
+
     async fn order(&self, command: impl FnOnce(oneshot::Sender<Result<(), String>>) -> Command) -> Result<(), String> {
         let (done, answer) = oneshot::channel();
         self.commands.send(command(done)).await.map_err(|_| stopped().message)?;
@@ -344,7 +377,7 @@ fn stopped() -> MeshError {
 /// A request's stream. Dropping it cancels the request.
 pub struct Generation {
     events: mpsc::Receiver<Result<Event, MeshError>>,
-    waker: Arc<dyn Wake>,
+    waker: Arc<EngineWaker>,
     shared: Arc<Shared>,
 }
 

@@ -90,6 +90,7 @@ fn request(salt: u32, prompt: u32, max_new_tokens: u32) -> Request {
         prompt_logprobs: None,
         return_logits: false,
         return_routing: false,
+        resumed: Vec::new(),
     }
 }
 

@@ -6,6 +6,7 @@ use std::sync::atomic::Ordering::{Relaxed, SeqCst};
 use std::time::{Duration, Instant};
 
 use mesh_core::ViewId;
+use mesh_core::routing::RoutingError;
 use mesh_proto::{Code, MeshError};
 use mesh_service::membership::Evidence;
 use tokio::sync::mpsc;
@@ -18,6 +19,9 @@ use crate::scheduler::{Refusal, Scheduler, SequenceId, Share};
 
 /// How long the engine sleeps at most when nobody wakes it.
 const IDLE_MAX: Duration = Duration::from_secs(1);
+
+/// Pause before a step that failed is computed again, for what it needs to come: a view's commit, an answer after all.
+const RETRY_PAUSE: Duration = Duration::from_millis(5);
 
 /// The engine's state; belongs to its thread.
 pub(super) struct Worker<R> {
@@ -34,6 +38,8 @@ pub(super) struct Worker<R> {
     view: ViewId,
     /// Since when steps fail for want of a node, and how the first failure read.
     failing: Option<(Instant, MeshError)>,
+    /// When a step that failed is computed again.
+    retry_at: Option<Instant>,
 }
 
 impl<R: ModelRunner> Worker<R> {
@@ -58,6 +64,7 @@ impl<R: ModelRunner> Worker<R> {
             counted,
             view: ViewId::default(),
             failing: None,
+            retry_at: None,
         }
     }
 
@@ -70,6 +77,8 @@ impl<R: ModelRunner> Worker<R> {
             if self.active.is_empty() || !self.runner.serving() {
                 self.publish();
                 self.runner.idle(self.wake_at());
+            } else if let Some(at) = self.retry_at.filter(|at| Instant::now() < *at) {
+                self.runner.idle(at);
             } else {
                 self.step();
             }
@@ -102,6 +111,11 @@ impl<R: ModelRunner> Worker<R> {
                     }
                     let _unheard = done.send(committed);
                 }
+                Ok(Command::Rejoin(transport, slot, done)) => {
+                    self.runner.rejoin(transport, slot);
+                    self.view = ViewId::default();
+                    let _unheard = done.send(());
+                }
                 Err(mpsc::error::TryRecvError::Empty) => break,
                 Err(mpsc::error::TryRecvError::Disconnected) => return false,
             }
@@ -114,15 +128,26 @@ impl<R: ModelRunner> Worker<R> {
     }
 
     fn submit(&mut self, submission: Submission, events: mpsc::Sender<Result<Event, MeshError>>) {
-        let (active, sequence) = Active::new(submission, events);
+        let (mut active, sequence) = Active::new(submission, events);
         // A mesh that had a view and lost it is waited for, if at all; one that never had any is not.
         let waits = self.view != ViewId::default() && !self.options.recovery_max.is_zero();
         if !self.runner.serving() && !waits {
             return active.tell(Err(mesh_error(&RunError::NotServing)));
         }
+        let resumes = !active.request.resumed.is_empty();
+        if resumes {
+            active.tell(Ok(Event::Started));
+            match active.resume(&self.options.eos) {
+                Ok(false) => {}
+                Ok(true) => return,
+                Err(error) => return active.tell(Err(error)),
+            }
+        }
         match self.scheduler.submit(sequence) {
             Ok(id) => {
-                active.tell(Ok(Event::Started));
+                if !resumes {
+                    active.tell(Ok(Event::Started));
+                }
                 self.active.insert(id, active);
             }
             Err(refusal) => {
@@ -182,7 +207,7 @@ impl<R: ModelRunner> Worker<R> {
         let result = result.and_then(|output| self.check(&output, rows, wanted, routing).map(|()| output));
         match result {
             Ok(output) => {
-                self.failing = None;
+                (self.failing, self.retry_at) = (None, None);
                 self.shared.counters.steps.fetch_add(1, Relaxed);
                 self.deliver(&shares, &output);
             }
@@ -243,7 +268,9 @@ impl<R: ModelRunner> Worker<R> {
         let lost = matches!(typed.code, Code::NodeLost | Code::NotServing);
         tracing::warn!(%error, requests = shares.len(), "step failed");
         if lost && !self.options.recovery_max.is_zero() {
-            self.failing.get_or_insert((Instant::now(), typed));
+            let now = Instant::now();
+            self.failing.get_or_insert((now, typed));
+            self.retry_at = Some(now + RETRY_PAUSE);
             return;
         }
         for share in shares {
@@ -285,6 +312,7 @@ pub(super) fn mesh_error(error: &RunError) -> MeshError {
     let text = error.to_string();
     match error {
         RunError::NotServing => MeshError::new(Code::NotServing, text),
+        RunError::Routing { error: RoutingError::Unreachable { .. }, .. } => MeshError::new(Code::NodeLost, text),
         RunError::NodeLost { node, .. } | RunError::Aborted { node, .. } => {
             MeshError::new(Code::NodeLost, text).at_node(node.to_string())
         }

@@ -3,7 +3,9 @@
 use std::collections::BTreeMap;
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
+use std::time::Duration;
 
+use mesh_core::Slot;
 use mesh_kernels::{Ffn, Matrix};
 use mesh_service::profile::{Part, Profile, Work};
 
@@ -76,6 +78,17 @@ pub(super) fn ffn_work(weights: &Ffn, rows: usize) -> Work {
     Work { flops: 2 * products as u64, weight_bytes: weights.bytes() as u64 }
 }
 
+/// Answers of one expert slot.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub struct Waits {
+    /// How many.
+    pub answers: u64,
+    /// From a frame's sending to its answer, all together, nanoseconds.
+    pub ns: u64,
+    /// What they were asked for: experts read, and a sixteenth for each row.
+    pub work: f64,
+}
+
 /// Counters from the node's start; gauges where it says so.
 #[derive(Debug, Default)]
 pub struct RunnerCounters {
@@ -90,11 +103,13 @@ pub struct RunnerCounters {
     frames_sent: AtomicU64,
     frames_received: AtomicU64,
     server_ns: AtomicU64,
+    replayed: AtomicU64,
+    waits: Mutex<BTreeMap<Slot, Waits>>,
     refused: Mutex<BTreeMap<&'static str, u64>>,
 }
 
 /// A reading of [`RunnerCounters`].
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Debug, Default, PartialEq)]
 pub struct RunnerReading {
     /// Lanes there are (gauge).
     pub lanes_total: u64,
@@ -114,6 +129,10 @@ pub struct RunnerReading {
     pub frames_received: u64,
     /// Nanoseconds that expert nodes say the accepted answers took them, receive to send.
     pub server_ns: u64,
+    /// Pairs that were sent again, to another holder of their expert.
+    pub replayed: u64,
+    /// Answers, by the slot that they came from.
+    pub waits: BTreeMap<Slot, Waits>,
     /// Frames refused, under their reason.
     pub refused: BTreeMap<&'static str, u64>,
 }
@@ -131,7 +150,19 @@ impl RunnerCounters {
         self.frames_sent.fetch_add(1, Relaxed);
     }
 
-    pub(super) fn received(&self, bytes: usize, server_ns: u64) {
+    /// Pairs that were sent again, to another holder.
+    pub(super) fn replayed(&self, pairs: usize) {
+        self.replayed.fetch_add(pairs as u64, Relaxed);
+    }
+
+    pub(super) fn received(&self, slot: Slot, bytes: usize, server_ns: u64, took: Duration, work: f64) {
+        // A poisoned count is still a count.
+        let mut waits = self.waits.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+        let of = waits.entry(slot).or_default();
+        of.answers += 1;
+        of.ns += took.as_nanos() as u64;
+        of.work += work;
+        drop(waits);
         self.combine_bytes.fetch_add(bytes as u64, Relaxed);
         self.frames_received.fetch_add(1, Relaxed);
         self.server_ns.fetch_add(server_ns, Relaxed);
@@ -155,6 +186,8 @@ impl RunnerCounters {
             frames_sent: self.frames_sent.load(Relaxed),
             frames_received: self.frames_received.load(Relaxed),
             server_ns: self.server_ns.load(Relaxed),
+            replayed: self.replayed.load(Relaxed),
+            waits: self.waits.lock().unwrap_or_else(std::sync::PoisonError::into_inner).clone(),
             refused: self.refused.lock().unwrap_or_else(std::sync::PoisonError::into_inner).clone(),
         }
     }

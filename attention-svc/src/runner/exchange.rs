@@ -1,11 +1,15 @@
 //! The exchange with the expert nodes: one frame to each that gets rows, one answer from each, nobody else waited for.
+//!
+//! Experts are pure, so rows that a node owes when it dies, falls silent or refuses them are sent to other holders of the
+//! same experts at once, and whatever still comes of the first frames is refused as late (invariants 2 and 3). Where an
+//! expert has no other holder the step fails, to be computed again once the mesh holds it.
 
 use std::collections::HashMap;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use mesh_core::lanes::{Answer, Lanes, Owed};
-use mesh_core::routing::{Destination, DispatchPlan};
+use mesh_core::routing::{Destination, DispatchPlan, Routing};
 use mesh_core::view::{Member, View};
 use mesh_core::{Lane, LayerId, NodeId, Role, Seq, Slot, ViewId};
 use mesh_kernels::rows::Rows;
@@ -15,13 +19,16 @@ use mesh_transport::{ChannelId, Event, Transport, TransportError};
 
 use super::counters::RunnerCounters;
 use super::error::RunError;
+use super::peers::{self, Peers};
 
 /// The bounds of an exchange.
 #[derive(Clone, Copy, Debug)]
 pub struct ExchangeLimits {
     /// Exchanges in flight at once.
     pub lanes: u16,
-    /// How long an answer may take before its node counts as silent.
+    /// How long an answer may take before its node counts as silent, however slow answers were before.
+    pub silence_min: Duration,
+    /// How long an answer may take at all.
     pub answer_max: Duration,
     /// How long connecting to one expert node may take.
     pub connect_max: Duration,
@@ -37,16 +44,39 @@ struct Chunk {
     pairs: (usize, usize),
 }
 
-/// A dispatch that was sent, and its answers as they arrive.
+/// A dispatch that was sent.
 #[derive(Debug)]
 pub(super) struct InFlight {
     lane: Lane,
     layer: LayerId,
+    view: Arc<View>,
     chunks: Vec<Chunk>,
     /// For each destination, the chunk in which it begins.
     first_chunk: Vec<usize>,
     row_bytes: usize,
+    /// When it is given up.
+    until: Instant,
+    /// How often rows of it were sent to another holder.
+    replays: u32,
 }
+
+/// A frame on its way, and its answer.
+struct Sent {
+    slot: Slot,
+    seq: Seq,
+    at: Instant,
+    /// What it asks for, in the units of [`peers::work`].
+    work: f64,
+    /// Its node refused it.
+    refused: Option<AbortReason>,
+    answer: Option<FrameBuf>,
+}
+
+/// How often rows of one dispatch go to another holder before the step is given up: as many nodes would have to fail at once.
+const REPLAYS_MAX: u32 = 16;
+
+/// How long a node whose channel closed may take to be connected again while others wait.
+const RECONNECT_MAX: Duration = Duration::from_millis(50);
 
 struct Peer {
     member: Member,
@@ -66,8 +96,10 @@ pub(super) struct Exchange {
     peers: HashMap<NodeId, Peer>,
     /// Slot to node under the committed view.
     nodes: Vec<Option<NodeId>>,
+    /// How the slots of the committed view do.
+    health: Peers,
     /// By lane, by position in the dispatch.
-    answers: Vec<Vec<Option<FrameBuf>>>,
+    sent: Vec<Vec<Sent>>,
     events: Vec<Event>,
     /// Nodes lost since the last [`Exchange::take_lost`].
     lost: Vec<(Slot, String)>,
@@ -91,7 +123,8 @@ impl Exchange {
             prepared: None,
             peers: HashMap::new(),
             nodes: Vec::new(),
-            answers: (0..limits.lanes).map(|_| Vec::new()).collect(),
+            health: Peers::new(limits.silence_min, limits.answer_max),
+            sent: (0..limits.lanes).map(|_| Vec::new()).collect(),
             events: Vec::new(),
             lost: Vec::new(),
             counters,
@@ -102,26 +135,43 @@ impl Exchange {
         self.transport.as_ref()
     }
 
-    /// The committed view, if each of its expert nodes is connected.
+    /// The committed view, if each of its experts has a holder that rows can be sent to.
     pub fn serving(&self) -> Option<&Arc<View>> {
-        self.view.as_ref().filter(|v| v.experts.iter().all(|m| self.peers.contains_key(&m.node)))
+        let now = Instant::now();
+        let covered = |v: &View| v.placement.table().iter().all(|of| of.iter().any(|s| self.health.usable(*s, now)));
+        self.view.as_ref().filter(|v| covered(v))
+    }
+
+    /// The committed view.
+    pub fn view(&self) -> Option<&Arc<View>> {
+        self.view.as_ref()
+    }
+
+    /// When silence may have ended that keeps the view from being served.
+    pub fn next_try(&self) -> Option<Instant> {
+        self.health.next_try()
+    }
+
+    /// Whether a node of the committed view is not connected.
+    pub fn lacks(&self) -> bool {
+        self.view.as_ref().is_some_and(|v| v.experts.iter().any(|m| !self.peers.contains_key(&m.node)))
     }
 
     /// Connects to the expert nodes of a view that are not connected yet. The committed view serves on.
     pub fn prepare(&mut self, view: Arc<View>) -> Result<(), RunError> {
         for member in &view.experts {
-            self.connect(member)?;
+            self.connect(member, self.limits.connect_max)?;
         }
         self.prepared = Some(view);
         Ok(())
     }
 
-    fn connect(&mut self, member: &Member) -> Result<(), RunError> {
+    fn connect(&mut self, member: &Member, within: Duration) -> Result<(), RunError> {
         if self.peers.contains_key(&member.node) {
             return Ok(());
         }
         let lost = |what: String| RunError::NodeLost { slot: member.slot, node: member.node, what };
-        let deadline = Instant::now() + self.limits.connect_max;
+        let deadline = Instant::now() + within;
         let (channel, identity) =
             self.transport.connect(&member.data_addr, deadline).map_err(|e| lost(format!("cannot connect: {e}")))?;
         if identity.role != Role::Expert || identity.slot != member.slot || identity.node != member.node {
@@ -150,9 +200,21 @@ impl Exchange {
                 self.transport.close(peer.channel);
             }
         }
-        self.nodes = vec![None; view.experts.iter().map(|m| m.slot.index() + 1).max().unwrap_or(0)];
+        let slots = view.experts.iter().map(|m| m.slot.index() + 1).max().unwrap_or(0);
+        let before = std::mem::replace(&mut self.nodes, vec![None; slots]);
+        for slot in (slots..before.len()).map(|slot| Slot(slot as u16)) {
+            self.health.reset(slot, false);
+        }
         for member in &view.experts {
             self.nodes[member.slot.index()] = Some(member.node);
+        }
+        for (index, node) in self.nodes.iter().enumerate() {
+            let connected = node.is_some_and(|n| self.peers.contains_key(&n));
+            if before.get(index).copied().flatten() == *node {
+                self.health.set_connected(Slot(index as u16), connected);
+            } else {
+                self.health.reset(Slot(index as u16), connected);
+            }
         }
         self.view = Some(view);
         Ok(())
@@ -176,11 +238,30 @@ impl Exchange {
     /// Tries once more to reach nodes of the committed view whose channel closed.
     pub fn reconnect(&mut self) {
         let Some(view) = self.view.clone() else { return };
-        for member in &view.experts {
-            if let Err(error) = self.connect(member) {
-                tracing::debug!(%error, "expert node still out of reach");
+        for member in view.experts.iter().filter(|m| !self.peers.contains_key(&m.node)).cloned().collect::<Vec<_>>() {
+            match self.connect(&member, RECONNECT_MAX) {
+                Ok(()) => self.health.reset(member.slot, true),
+                Err(error) => tracing::debug!(%error, "expert node still out of reach"),
             }
         }
+    }
+
+    /// Plans which nodes compute the experts of a batch.
+    ///
+    /// # Errors
+    /// [`RoutingError::Unreachable`] above all.
+    pub fn plan(
+        &mut self,
+        plan: &mut DispatchPlan,
+        routing: &Routing,
+        view: &View,
+        layer: LayerId,
+    ) -> Result<(), RunError> {
+        let (health, now) = (&mut self.health, Instant::now());
+        health.begin(view.placement.experts(), now);
+        let planned =
+            plan.rebuild(routing, view, layer, |_, expert, holders| health.choose(expert, holders, None, now));
+        planned.map_err(|error| RunError::Routing { layer, error })
     }
 
     /// Sends the planned rows, each destination's in as many frames as its bytes need.
@@ -192,69 +273,95 @@ impl Exchange {
         rows: Rows<'_>,
     ) -> Result<InFlight, RunError> {
         let row_bytes = rows.cols * rows.dtype.bytes();
-        let (chunks, first_chunk) = chunk(plan.destinations(), row_bytes, self.limits.body_bytes_max);
-        let mut owed = Vec::with_capacity(chunks.len());
-        for c in &chunks {
-            let slot = plan.destinations()[c.destination].slot;
-            let peer = self.peer(view, slot)?;
-            owed.push(Owed { slot, seq: Seq(peer.seq_next), pairs: (c.pairs.1 - c.pairs.0) as u32 });
-            peer.seq_next += 1;
-        }
-        let lane = self.lanes.begin(view.id, layer, owed.iter().copied());
+        let (chunks, first_chunk) = chunk(plan.destinations(), 0, row_bytes, self.limits.body_bytes_max);
+        let owed = self.owe(&chunks, plan, view)?;
+        let lane = self.lanes.begin(view.id, layer, owed.iter().map(|(owed, _)| *owed));
         let lane = lane.ok_or(RunError::NoLane { lanes: self.limits.lanes })?;
         self.count_lanes();
-        self.answers[lane.index()].clear();
-        self.answers[lane.index()].resize_with(chunks.len(), || None);
-        let in_flight = InFlight { lane, layer, chunks, first_chunk, row_bytes };
-        for (i, o) in owed.iter().enumerate() {
-            self.send_chunk(view, &in_flight, i, o.seq, &plan.destinations()[in_flight.chunks[i].destination], rows)?;
-        }
+        self.sent[lane.index()].clear();
+        let until = Instant::now() + self.limits.answer_max;
+        let in_flight =
+            InFlight { lane, layer, view: Arc::clone(view), chunks, first_chunk, row_bytes, until, replays: 0 };
+        self.send_chunks(&in_flight, 0, &owed, plan, rows)?;
         Ok(in_flight)
+    }
+
+    /// What chunks will be owed, and how much work each is.
+    fn owe(&mut self, chunks: &[Chunk], plan: &DispatchPlan, view: &View) -> Result<Vec<(Owed, f64)>, RunError> {
+        let mut owed = Vec::with_capacity(chunks.len());
+        for c in chunks {
+            let slot = plan.destinations()[c.destination].slot;
+            let pairs = c.pairs.1 - c.pairs.0;
+            let peer = self.peer(view, slot)?;
+            let seq = Seq(peer.seq_next);
+            peer.seq_next += 1;
+            let work = peers::work(pairs, view.placement.experts());
+            owed.push((Owed { slot, seq, pairs: pairs as u32 }, work));
+        }
+        Ok(owed)
+    }
+
+    /// Sends the chunks from `first` on, which are owed as said. A node that cannot be sent to is lost: waiting for its answer
+    /// finds that.
+    fn send_chunks(
+        &mut self,
+        of: &InFlight,
+        first: usize,
+        owed: &[(Owed, f64)],
+        plan: &DispatchPlan,
+        rows: Rows<'_>,
+    ) -> Result<(), RunError> {
+        for (index, (Owed { slot, seq, .. }, work)) in owed.iter().enumerate().map(|(i, o)| (first + i, o)) {
+            let sent = Sent { slot: *slot, seq: *seq, at: Instant::now(), work: *work, refused: None, answer: None };
+            self.sent[of.lane.index()].push(sent);
+            self.send_chunk(of, index, *seq, &plan.destinations()[of.chunks[index].destination], rows)?;
+        }
+        Ok(())
     }
 
     fn send_chunk(
         &mut self,
-        view: &Arc<View>,
-        to: &InFlight,
+        of: &InFlight,
         index: usize,
         seq: Seq,
         destination: &Destination,
         rows: Rows<'_>,
     ) -> Result<(), RunError> {
-        let c = to.chunks[index];
+        let c = of.chunks[index];
         let (row_count, pairs) = (c.rows.1 - c.rows.0, c.pairs.1 - c.pairs.0);
-        let bytes = frame::dispatch_body_bytes(row_count, pairs, to.row_bytes);
+        let bytes = frame::dispatch_body_bytes(row_count, pairs, of.row_bytes);
         let bytes = bytes.ok_or(RunError::Internal(format!("a frame of {row_count} rows and {pairs} pairs")))?;
         let mut body = self.buffer(bytes, destination.slot)?;
         let counts = &destination.pairs_per_row[c.rows.0..c.rows.1];
         let place = frame::write_dispatch(&mut body, counts, &destination.experts[c.pairs.0..c.pairs.1]);
-        for (place, row) in place.chunks_exact_mut(to.row_bytes).zip(&destination.rows[c.rows.0..c.rows.1]) {
-            place.copy_from_slice(&rows.bytes[*row as usize * to.row_bytes..][..to.row_bytes]);
+        for (place, row) in place.chunks_exact_mut(of.row_bytes).zip(&destination.rows[c.rows.0..c.rows.1]) {
+            place.copy_from_slice(&rows.bytes[*row as usize * of.row_bytes..][..of.row_bytes]);
         }
         let header = FrameHeader {
             kind: Kind::Dispatch,
             flags: 0,
-            view: view.id,
+            view: of.view.id,
             seq,
-            layer: to.layer,
-            lane: to.lane,
+            layer: of.layer,
+            lane: of.lane,
             chunk: index as u16,
-            chunks: to.chunks.len() as u16,
+            chunks: of.chunks.len() as u16,
             rows: row_count as u32,
             pairs: pairs as u32,
-            row_bytes: to.row_bytes as u32,
+            row_bytes: of.row_bytes as u32,
             body_bytes: bytes as u32,
             server_ns: 0,
             origin: self.slot,
         };
-        let peer = self.peer(view, destination.slot)?;
-        let (channel, slot, node) = (peer.channel, destination.slot, peer.member.node);
-        self.transport.send(channel, &header, body).map_err(|e| RunError::NodeLost {
-            slot,
-            node,
-            what: e.to_string(),
-        })?;
-        self.counters.sent(row_count, pairs, row_count * to.row_bytes);
+        let Ok(peer) = self.peer(&of.view, destination.slot) else { return Ok(()) };
+        let (channel, node) = (peer.channel, peer.member.node);
+        match self.transport.send(channel, &header, body) {
+            Ok(()) => self.counters.sent(row_count, pairs, row_count * of.row_bytes),
+            Err(error) => {
+                self.transport.close(channel);
+                self.lose(node, &error.to_string());
+            }
+        }
         Ok(())
     }
 
@@ -265,7 +372,7 @@ impl Exchange {
             match self.transport.buffer(bytes) {
                 Ok(body) => return Ok(body),
                 Err(TransportError::WindowFull { .. }) if Instant::now() < deadline => {
-                    self.pump()?;
+                    self.pump();
                     self.transport.wait(deadline);
                 }
                 Err(error) => return Err(RunError::Window { slot, error }),
@@ -280,19 +387,102 @@ impl Exchange {
         self.peers.get_mut(&node).ok_or(gone)
     }
 
-    /// Blocks until every answer of a dispatch has arrived.
-    pub fn wait(&mut self, of: &InFlight) -> Result<(), RunError> {
-        let deadline = Instant::now() + self.limits.answer_max;
+    /// Blocks until every answer of a dispatch has arrived; what a node cannot be had from any more, others are asked for.
+    ///
+    /// # Errors
+    /// When an expert has no other holder that can be asked, or `answer_max` is over.
+    pub fn wait(&mut self, of: &mut InFlight, plan: &mut DispatchPlan, rows: Rows<'_>) -> Result<(), RunError> {
         loop {
-            self.pump()?;
+            self.pump();
             if self.lanes.is_complete(of.lane) {
                 return Ok(());
             }
-            if Instant::now() >= deadline {
+            let now = Instant::now();
+            if let Some((index, why)) = self.unanswerable(of, now) {
+                of.replays += 1;
+                // Who serves another view will not be alone with that: the next step is under the new one.
+                if of.replays > REPLAYS_MAX || of_other_view(&why) {
+                    return Err(why);
+                }
+                // Nobody else to ask is no news to whoever wants to know what happened.
+                self.replay(of, index, plan, rows).map_err(|_unreachable| why)?;
+                continue;
+            }
+            if now >= of.until {
                 return Err(self.silent(of.lane));
             }
-            self.transport.wait(deadline);
+            let silence = self.health.silence(now);
+            let awaited = self.awaited(of.lane).map(|i| self.sent[of.lane.index()][i].at + silence).min();
+            let until = awaited.map_or(of.until, |at| at.min(of.until));
+            self.transport.wait(until);
         }
+    }
+
+    /// Frames of a lane whose answer is missing.
+    fn awaited(&self, lane: Lane) -> impl Iterator<Item = usize> + '_ {
+        let sent = &self.sent[lane.index()];
+        self.lanes.missing(lane).filter_map(|o| sent.iter().position(|s| s.slot == o.slot && s.seq == o.seq))
+    }
+
+    /// A frame that will not be answered, or not in time, and the error to give if nobody else can be asked.
+    fn unanswerable(&mut self, of: &InFlight, now: Instant) -> Option<(usize, RunError)> {
+        let silence = self.health.silence(now);
+        let found = self.awaited(of.lane).find_map(|index| {
+            let sent = &self.sent[of.lane.index()][index];
+            let node = self.nodes.get(sent.slot.index()).copied().flatten().unwrap_or_default();
+            let (slot, layer) = (sent.slot, of.layer);
+            if !self.peers.get(&node).is_some_and(|p| p.member.slot == slot) {
+                let lost = RunError::NodeLost { slot, node, what: "its channel closed".into() };
+                return Some((index, sent.at, lost, false));
+            }
+            if let Some(reason) = sent.refused {
+                return Some((index, sent.at, RunError::Aborted { slot, node, layer, reason }, false));
+            }
+            let quiet = now.saturating_duration_since(sent.at) >= silence;
+            quiet.then(|| (index, sent.at, RunError::Silent { slots: vec![slot], waited: silence }, true))
+        });
+        let (index, at, error, silent) = found?;
+        let slot = self.sent[of.lane.index()][index].slot;
+        if silent {
+            tracing::warn!(%slot, waited = ?silence, "an expert node is silent");
+            self.health.silent(slot, at, now);
+            self.lost.push((slot, format!("no answer within {silence:?}")));
+        }
+        Some((index, error))
+    }
+
+    /// Asks other holders for what frame `index` asked for, and for the rest of its destination.
+    fn replay(
+        &mut self,
+        of: &mut InFlight,
+        index: usize,
+        plan: &mut DispatchPlan,
+        rows: Rows<'_>,
+    ) -> Result<(), RunError> {
+        let (health, now) = (&mut self.health, Instant::now());
+        health.begin(of.view.placement.experts(), now);
+        let destination = of.chunks[index].destination;
+        let except = Some(plan.destinations()[destination].slot);
+        let pairs = plan.destinations()[destination].pairs();
+        let first = plan.reassign(destination, &of.view, of.layer, |_, expert, holders| {
+            health.choose(expert, holders, except, now)
+        });
+        let first = first.map_err(|error| RunError::Routing { layer: of.layer, error })?;
+        tracing::info!(layer = of.layer.0, pairs, "rows are sent to other holders of their experts");
+        self.counters.replayed(pairs);
+        let (mut chunks, first_chunk) =
+            chunk(&plan.destinations()[first..], first, of.row_bytes, self.limits.body_bytes_max);
+        let owed = self.owe(&chunks, plan, &of.view)?;
+        let replaced: Vec<usize> = (0..of.chunks.len()).filter(|i| of.chunks[*i].destination == destination).collect();
+        for (i, frame) in replaced.into_iter().enumerate() {
+            let by = owed.iter().map(|(owed, _)| *owed).take(if i == 0 { owed.len() } else { 0 });
+            self.lanes.replace(of.lane, frame, by);
+            self.sent[of.lane.index()][frame].answer = None;
+        }
+        let first_new = of.chunks.len();
+        of.first_chunk.extend(first_chunk.iter().map(|c| c + first_new));
+        of.chunks.append(&mut chunks);
+        self.send_chunks(of, first_new, &owed, plan, rows)
     }
 
     fn silent(&mut self, lane: Lane) -> RunError {
@@ -309,13 +499,13 @@ impl Exchange {
         let pair = source.pair as usize;
         let first = of.first_chunk[source.destination as usize];
         let within = of.chunks[first..].iter().position(|c| pair < c.pairs.1).expect("chunks cover all pairs");
-        let body = self.answers[of.lane.index()][first + within].as_ref().expect("the lane is complete");
+        let body = self.sent[of.lane.index()][first + within].answer.as_ref().expect("the lane is complete");
         &body[(pair - of.chunks[first + within].pairs.0) * of.row_bytes..][..of.row_bytes]
     }
 
     /// Gives the lane and its answers' buffers back.
     pub fn end(&mut self, of: InFlight) {
-        self.answers[of.lane.index()].clear();
+        self.sent[of.lane.index()].clear();
         self.lanes.end(of.lane);
         self.count_lanes();
     }
@@ -323,7 +513,7 @@ impl Exchange {
     /// Gives every lane back; answers under way will be refused when they come.
     pub fn abandon_lanes(&mut self) {
         for lane in 0..self.limits.lanes {
-            self.answers[usize::from(lane)].clear();
+            self.sent[usize::from(lane)].clear();
             self.lanes.end(Lane(lane));
         }
         self.count_lanes();
@@ -334,76 +524,67 @@ impl Exchange {
     }
 
     /// Takes in what the transport has: answers to their lanes, closed channels off the list.
-    ///
-    /// # Errors
-    /// When a node that a lane waits for is gone or refused its rows.
-    pub fn pump(&mut self) -> Result<(), RunError> {
+    pub fn pump(&mut self) {
         let mut events = std::mem::take(&mut self.events);
         self.transport.poll(&mut events);
-        let mut outcome = Ok(());
         for event in events.drain(..) {
-            let handled = match event {
+            match event {
                 Event::Frame { channel, header, body } => self.take_frame(channel, &header, body),
-                Event::Closed { channel, error } => self.take_closed(channel, &error),
-                // Nobody knows where an attention node listens, for it does not.
-                Event::Accepted { channel, .. } => {
-                    self.transport.close(channel);
-                    Ok(())
+                Event::Closed { channel, error } => {
+                    let node = self.peers.iter().find(|(_, p)| p.channel == channel).map(|(n, _)| *n);
+                    node.into_iter().for_each(|node| self.lose(node, &error.to_string()));
                 }
-            };
-            outcome = outcome.and(handled);
+                // Nobody knows where an attention node listens, for it does not.
+                Event::Accepted { channel, .. } => self.transport.close(channel),
+            }
         }
         self.events = events;
-        outcome
     }
 
-    fn take_frame(&mut self, channel: ChannelId, header: &FrameHeader, body: FrameBuf) -> Result<(), RunError> {
+    fn take_frame(&mut self, channel: ChannelId, header: &FrameHeader, body: FrameBuf) {
         let Some(peer) = self.peers.values().find(|p| p.channel == channel) else {
-            self.counters.refused("unknown channel");
-            return Ok(());
+            return self.counters.refused("unknown channel");
         };
-        let (slot, node) = (peer.member.slot, peer.member.node);
+        let (slot, now) = (peer.member.slot, Instant::now());
         let FrameHeader { view, seq, layer, lane, pairs, .. } = *header;
+        if self.nodes.get(slot.index()).copied().flatten() == Some(peer.member.node) {
+            self.health.heard(slot, now);
+        }
         match header.kind {
-            Kind::Combine => {
-                match self.lanes.accept(Answer { slot, view, seq, layer, lane, pairs }) {
-                    Ok(accepted) => {
-                        self.counters.received(body.len(), header.server_ns);
-                        self.answers[lane.index()][accepted.index] = Some(body);
-                    }
-                    Err(refused) => {
-                        tracing::warn!(%refused, "answer refused");
-                        self.counters.refused(refusal_name(&refused));
-                    }
+            Kind::Combine => match self.lanes.accept(Answer { slot, view, seq, layer, lane, pairs }) {
+                Ok(accepted) => {
+                    let sent = &mut self.sent[lane.index()][accepted.index];
+                    let took = now.saturating_duration_since(sent.at);
+                    self.counters.received(slot, body.len(), header.server_ns, took, sent.work);
+                    self.health.answered(slot, took, sent.work, now);
+                    sent.answer = Some(body);
                 }
-                Ok(())
-            }
+                Err(refused) => {
+                    tracing::debug!(%refused, "answer refused");
+                    self.counters.refused(refusal_name(&refused));
+                }
+            },
             Kind::Abort => {
                 let reason = AbortReason::from_flags(header.flags);
                 self.counters.refused("aborted by expert node");
-                if self.lanes.missing(lane).any(|o| o.slot == slot && o.seq == seq) {
-                    return Err(RunError::Aborted { slot, node, layer, reason });
+                let frames = self.sent.get_mut(lane.index()).into_iter().flatten();
+                for sent in frames.filter(|s| s.slot == slot && s.seq == seq) {
+                    sent.refused = Some(reason);
                 }
-                Ok(())
             }
-            Kind::Dispatch | Kind::Probe => {
-                self.counters.refused("unexpected kind");
-                Ok(())
-            }
+            Kind::Dispatch | Kind::Probe => self.counters.refused("unexpected kind"),
         }
     }
 
-    fn take_closed(&mut self, channel: ChannelId, error: &TransportError) -> Result<(), RunError> {
-        let Some(node) = self.peers.iter().find(|(_, p)| p.channel == channel).map(|(n, _)| *n) else {
-            return Ok(());
-        };
-        let Some(peer) = self.peers.remove(&node) else { return Ok(()) };
+    /// A node's channel is gone.
+    fn lose(&mut self, node: NodeId, what: &str) {
+        let Some(peer) = self.peers.remove(&node) else { return };
         let slot = peer.member.slot;
-        let what = error.to_string();
         tracing::warn!(%slot, %node, error = what, "lost an expert node's channel");
-        self.lost.push((slot, what.clone()));
-        let owes = (0..self.limits.lanes).any(|l| self.lanes.missing(Lane(l)).any(|o| o.slot == slot));
-        if owes { Err(RunError::NodeLost { slot, node, what }) } else { Ok(()) }
+        if self.nodes.get(slot.index()).copied().flatten() == Some(node) {
+            self.health.set_connected(slot, false);
+            self.lost.push((slot, what.to_owned()));
+        }
     }
 
     /// Sleeps until something happens on the transport, a wake-up, or `deadline`.
@@ -429,15 +610,26 @@ fn refusal_name(refused: &mesh_core::lanes::Refused) -> &'static str {
     }
 }
 
+/// Whether rows were refused for the view that they are of.
+fn of_other_view(error: &RunError) -> bool {
+    matches!(error, RunError::Aborted { reason: AbortReason::StaleView | AbortReason::FutureView, .. })
+}
+
 /// Cuts each destination's rows so that neither the frame nor its answer (a row for each pair) exceeds `body_bytes_max`.
-fn chunk(destinations: &[Destination], row_bytes: usize, body_bytes_max: usize) -> (Vec<Chunk>, Vec<usize>) {
+/// The first of `destinations` is number `first`.
+fn chunk(
+    destinations: &[Destination],
+    first: usize,
+    row_bytes: usize,
+    body_bytes_max: usize,
+) -> (Vec<Chunk>, Vec<usize>) {
     // Metadata is 2 bytes a row and 2 a pair, and at most 64 of padding; a row alone always fits (checked at start).
     let fits = |rows: usize, pairs: usize| {
         pairs * row_bytes <= body_bytes_max && 2 * (rows + pairs) + 64 + rows * row_bytes <= body_bytes_max
     };
     let mut chunks = Vec::with_capacity(destinations.len());
     let mut first_chunk = Vec::with_capacity(destinations.len());
-    for (destination, to) in destinations.iter().enumerate() {
+    for (destination, to) in (first..).zip(destinations) {
         first_chunk.push(chunks.len());
         let (mut rows, mut pairs) = ((0, 0), (0, 0));
         for count in to.pairs_per_row.iter().map(|c| usize::from(*c)) {
@@ -467,7 +659,7 @@ mod tests {
             experts: (0..20).map(|i| ExpertId(i % 2)).collect(),
         };
         // 7 answer rows of 100 bytes fit: 3 rows of 2 pairs a frame.
-        let (chunks, first) = chunk(&[to.clone(), to], 100, 799);
+        let (chunks, first) = chunk(&[to.clone(), to], 0, 100, 799);
         assert_eq!(first, [0, 4]);
         let rows: Vec<_> = chunks[..4].iter().map(|c| c.rows).collect();
         assert_eq!(rows, [(0, 3), (3, 6), (6, 9), (9, 10)]);

@@ -143,9 +143,8 @@ impl MicroBatch {
         let routed = self.routing.softmax_top_k(&self.logits, config.moe.experts, config.gate);
         routed.map_err(|error| RunError::Routing { layer, error })?;
         self.counters.profile.lap(StepPart::Gate);
-        let view = exchange.serving().cloned().ok_or(RunError::NotServing)?;
-        let planned = self.plan.rebuild(&self.routing, &view, layer, |_, _, holders| holders[0]);
-        planned.map_err(|error| RunError::Routing { layer, error })?;
+        let view = exchange.view().cloned().ok_or(RunError::NotServing)?;
+        exchange.plan(&mut self.plan, &self.routing, &view, layer)?;
         self.in_flight = Some(exchange.dispatch(&view, layer, &self.plan, self.normed.as_rows())?);
         self.counters.profile.lap(StepPart::Dispatch);
         Ok(())
@@ -153,8 +152,8 @@ impl MicroBatch {
 
     /// Waits for the rows sent at the layer before, if any were, and adds them into the residual stream.
     pub fn combine(&mut self, compute: &dyn Compute, cols: usize, exchange: &mut Exchange) -> Result<(), RunError> {
-        let Some(in_flight) = self.in_flight.take() else { return Ok(()) };
-        exchange.wait(&in_flight)?;
+        let Some(mut in_flight) = self.in_flight.take() else { return Ok(()) };
+        exchange.wait(&mut in_flight, &mut self.plan, self.normed.as_rows())?;
         self.counters.profile.lap(StepPart::Wait);
         let terms: Vec<Term<'_>> = (0..self.plan.rows())
             .flat_map(|row| self.plan.contributions(row))

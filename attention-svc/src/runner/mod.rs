@@ -7,6 +7,7 @@ mod counters;
 mod error;
 mod exchange;
 mod forward;
+mod peers;
 #[cfg(test)]
 mod tests;
 mod weights;
@@ -76,7 +77,9 @@ pub struct RunnerOptions {
     pub micro_batches: u16,
     /// Rows below which a micro-batch is not cut further: each one reads the weights again.
     pub micro_batch_rows_min: usize,
-    /// How long an expert node's answer may take.
+    /// How long an expert node's answer may take before rows are sent to another holder, however slow answers are.
+    pub silence_min: Duration,
+    /// How long an expert node's answer may take at all.
     pub answer_max: Duration,
     /// How long connecting to one expert node may take.
     pub connect_max: Duration,
@@ -84,7 +87,7 @@ pub struct RunnerOptions {
     pub body_bytes_max: usize,
 }
 
-/// How often a node whose channel closed is tried again while idle.
+/// How often a node whose channel closed is tried again.
 const RECONNECT_EVERY: Duration = Duration::from_secs(1);
 
 /// The model on this node. Belongs to the engine's thread.
@@ -122,12 +125,7 @@ impl Runner {
             head_dim: config.head_dim,
         };
         let counters = Arc::new(RunnerCounters::default());
-        let limits = ExchangeLimits {
-            lanes: options.micro_batches,
-            answer_max: options.answer_max,
-            connect_max: options.connect_max,
-            body_bytes_max: options.body_bytes_max,
-        };
+        let limits = limits(&options);
         let batches = (0..options.micro_batches).map(|_| MicroBatch::new(compute.as_ref(), config, counters.clone()));
         Ok(Self {
             kv: compute.kv_cache(shape),
@@ -146,6 +144,14 @@ impl Runner {
         self.compute.bind_thread();
     }
 
+    /// Takes another data plane in the place of the one before: what was known of expert nodes is forgotten, the KV cache is
+    /// kept.
+    pub fn rejoin(&mut self, transport: Box<dyn Transport>, slot: Slot) {
+        self.options.slot = slot;
+        let limits = limits(&self.options);
+        self.exchange = Exchange::new(transport, slot, limits, self.counters.clone());
+    }
+
     /// The model's shape.
     pub fn config(&self) -> &ModelConfig {
         self.trunk.config()
@@ -157,9 +163,9 @@ impl Runner {
     /// [`RunError`]; what the step wrote to the KV cache is then to be dropped, the runner itself is as before.
     pub fn step(&mut self, step: &Step<'_>) -> Result<StepOutput, RunError> {
         // What arrived since the last step: closed channels above all.
-        let pumped = self.exchange.pump();
+        self.exchange.pump();
+        self.reconnect();
         self.counters.profile.lap(StepPart::Wait);
-        pumped?;
         if self.exchange.serving().is_none() {
             return Err(RunError::NotServing);
         }
@@ -235,15 +241,19 @@ impl Runner {
 
     /// Waits until `deadline`, a wake-up or something on the transport; takes in what came and tries lost channels again.
     pub fn idle(&mut self, deadline: Instant) {
-        let lacking = !self.serving();
-        self.exchange.sleep(if lacking { deadline.min(self.reconnect_at) } else { deadline });
-        // With nothing in flight no lane is owed, so nothing here can fail a step.
-        if let Err(error) = self.exchange.pump() {
-            tracing::warn!(%error, "while idle");
-        }
-        if lacking && Instant::now() >= self.reconnect_at {
+        let lacking = self.exchange.lacks().then_some(self.reconnect_at);
+        let until = lacking.into_iter().chain(self.exchange.next_try()).fold(deadline, Instant::min);
+        self.exchange.sleep(until);
+        self.exchange.pump();
+        self.reconnect();
+    }
+
+    /// Tries nodes of the view whose channel closed again, now and then: the router may know that they live.
+    fn reconnect(&mut self) {
+        let now = Instant::now();
+        if self.exchange.lacks() && now >= self.reconnect_at {
             self.exchange.reconnect();
-            self.reconnect_at = Instant::now() + RECONNECT_EVERY;
+            self.reconnect_at = now + RECONNECT_EVERY;
         }
     }
 
@@ -260,6 +270,16 @@ impl Runner {
     /// Expert nodes seen lost or silent since the last call, and what was seen: evidence for the router.
     pub fn take_lost(&mut self) -> Vec<(Slot, String)> {
         self.exchange.take_lost()
+    }
+}
+
+fn limits(options: &RunnerOptions) -> ExchangeLimits {
+    ExchangeLimits {
+        lanes: options.micro_batches,
+        silence_min: options.silence_min,
+        answer_max: options.answer_max,
+        connect_max: options.connect_max,
+        body_bytes_max: options.body_bytes_max,
     }
 }
 

@@ -166,6 +166,7 @@ fn rig(dir: PathBuf, dtype: Dtype, experts: u16, body_bytes_max: usize) -> Rig {
         kv_pages: 64,
         micro_batches: 3,
         micro_batch_rows_min: 4,
+        silence_min: Duration::from_millis(100),
         answer_max: Duration::from_millis(200),
         connect_max: Duration::from_secs(1),
         body_bytes_max,

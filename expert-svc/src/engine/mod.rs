@@ -261,7 +261,8 @@ impl Engine {
         let done = self.grouping.run(&mut work, row_bytes, self.parts.compute.as_ref());
         self.parts.counters.profile.lap_with(TurnPart::Ffn, done);
         self.parts.counters.round();
-        for Work { frame: Pending { channel, header, body, received }, answer, .. } in work {
+        for Work { frame: Pending { channel, header, body, received }, answer, checked } in work {
+            checked.pairs.iter().for_each(|(_, expert)| self.parts.counters.computed(*expert as usize));
             // The request's room in the window comes first: what is sent next may need it.
             drop(body);
             let server_ns = u64::try_from(received.elapsed().as_nanos()).unwrap_or(u64::MAX);

@@ -9,8 +9,8 @@ use mesh_proto::v1::generate_request::Prompt;
 use mesh_proto::v1::generate_response::Event;
 use mesh_proto::v1::mesh_server::{Mesh, MeshServer};
 use mesh_proto::v1::{
-    Finished, GenerateRequest, GenerateResponse, ModelInfo, NodeLoad, NodeStatus, PartLoad, Started, StatusRequest,
-    StatusResponse, Token, Tokens,
+    DrainRequest, DrainResponse, Finished, GenerateRequest, GenerateResponse, ModelInfo, NodeLoad, NodeStatus,
+    PartLoad, RebalanceRequest, RebalanceResponse, Started, StatusRequest, StatusResponse, Token, Tokens,
 };
 use mesh_proto::{Code, MeshError};
 use tokio::sync::{Semaphore, mpsc};
@@ -99,6 +99,14 @@ fn event(event: Event) -> Result<GenerateResponse, Status> {
 #[tonic::async_trait]
 impl Mesh for Fake {
     type GenerateStream = Answer;
+
+    async fn drain(&self, _: Request<DrainRequest>) -> Result<Response<DrainResponse>, Status> {
+        Err(Status::unimplemented("a load tester drains nobody"))
+    }
+
+    async fn rebalance(&self, _: Request<RebalanceRequest>) -> Result<Response<RebalanceResponse>, Status> {
+        Err(Status::unimplemented("a load tester moves nothing"))
+    }
 
     async fn generate(&self, request: Request<GenerateRequest>) -> Result<Response<Answer>, Status> {
         let fate = (self.script.fate)(self.requests.fetch_add(1, Ordering::Relaxed));

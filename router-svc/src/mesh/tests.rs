@@ -24,6 +24,11 @@ fn policy() -> Policy {
         prepare_max: Duration::from_secs(60),
         commit_max: Duration::from_secs(10),
         debounce: Duration::from_millis(50),
+        absence_max: Duration::ZERO,
+        suspicion_max: Duration::from_millis(600),
+        balance_every: Duration::from_secs(3600),
+        hot_replicas: 0,
+        moves_bytes_max: u64::MAX,
         backoff_min: Duration::from_secs(1),
         backoff_max: Duration::from_secs(4),
         prepare_failures_max: 3,
@@ -96,7 +101,7 @@ impl World {
 fn gone(actions: &[Action]) -> Vec<(NodeId, String)> {
     let gone = |a: &Action| match a {
         Action::Gone { node, why, .. } => Some((*node, why.clone())),
-        Action::Send(..) => None,
+        Action::Send(..) | Action::HandOver(_) => None,
     };
     actions.iter().filter_map(gone).collect()
 }

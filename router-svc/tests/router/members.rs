@@ -67,8 +67,11 @@ async fn join(router: &Router, role: Role) -> Result<Member, ServiceError> {
     };
     let registered = register(&spec, Duration::from_secs(30)).await?;
     let (target, leave) = (Arc::<Target>::default(), CancellationToken::new());
-    let (_no_evidence, evidence) = mpsc::channel(1);
-    let run = tokio::spawn(registered.run(target.clone(), evidence, leave.clone()));
+    let (following, stop) = (target.clone(), leave.clone());
+    let run = tokio::spawn(async move {
+        let (_no_evidence, mut evidence) = mpsc::channel(1);
+        registered.run(following, &mut evidence, stop, Duration::from_secs(30)).await
+    });
     Ok(Member { target, leave, run })
 }
 

@@ -46,16 +46,18 @@ struct Session {
 }
 
 impl Registration {
-    /// Keeps the membership until `shutdown` is cancelled (then the router is told that the node leaves) or the router
-    /// ends it. What `evidence` yields is passed on to the router.
+    /// Keeps the membership until the router ends it. Once `shutdown` is cancelled the router is asked to hand over what the
+    /// node holds, and has `drain_max` to dismiss it; then the node leaves by itself. What `evidence` yields is passed on to
+    /// the router.
     ///
     /// # Errors
-    /// [`ServiceError`] when the session breaks or the router dismisses the node: the lease is then lost.
+    /// [`ServiceError`] when the session breaks or the router dismisses the node unasked: the lease is then lost.
     pub async fn run(
         mut self,
         target: Arc<dyn ViewTarget>,
-        evidence: mpsc::Receiver<Evidence>,
+        evidence: &mut mpsc::Receiver<Evidence>,
         shutdown: CancellationToken,
+        drain_max: Duration,
     ) -> Result<(), ServiceError> {
         let (up, up_rx) = mpsc::channel(UP_MAX);
         let (orders, orders_rx) = mpsc::channel(ORDERS_MAX);
@@ -76,7 +78,7 @@ impl Registration {
             uri: self.uri.clone(),
             error: MeshError::from_status(&status),
         })?;
-        session.keep(down.into_inner(), evidence, self.heartbeat, shutdown).await
+        session.keep(down.into_inner(), evidence, self.heartbeat, shutdown, drain_max).await
     }
 }
 
@@ -84,12 +86,14 @@ impl Session {
     async fn keep(
         self,
         mut down: Streaming<v1::RouterMessage>,
-        mut evidence: mpsc::Receiver<Evidence>,
+        evidence: &mut mpsc::Receiver<Evidence>,
         heartbeat: Duration,
         shutdown: CancellationToken,
+        drain_max: Duration,
     ) -> Result<(), ServiceError> {
         let mut heartbeats = tokio::time::interval(heartbeat);
         heartbeats.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        let mut draining: Option<tokio::time::Instant> = None;
         loop {
             tokio::select! {
                 _ = heartbeats.tick() => self.say(Up::Heartbeat(self.target.load()))?,
@@ -99,11 +103,23 @@ impl Session {
                     what: seen.what,
                 }))?,
                 message = down.message() => match message {
-                    Ok(Some(message)) => self.obey(message)?,
+                    Ok(Some(message)) => match self.obey(message) {
+                        Err(ServiceError::Dismissed { drained, .. }) if drained || draining.is_some() => return Ok(()),
+                        obeyed => obeyed?,
+                    },
+                    // Nobody is left to hand over to.
+                    Ok(None) | Err(_) if draining.is_some() => return Ok(()),
                     Ok(None) => return Err(self.lost("the router ended it".into())),
                     Err(status) => return Err(self.lost(MeshError::from_status(&status).to_string())),
                 },
-                () = shutdown.cancelled() => return self.leave(down).await,
+                () = shutdown.cancelled(), if draining.is_none() => {
+                    self.say(Up::Draining(v1::Draining { why: "shutting down".into() }))?;
+                    draining = Some(tokio::time::Instant::now() + drain_max);
+                }
+                () = passed(draining) => {
+                    tracing::warn!(router = %self.uri, waited = ?drain_max, "not handed over in time; leaving");
+                    return self.leave(down).await;
+                }
             }
         }
     }
@@ -127,7 +143,9 @@ impl Session {
                 self.target.abandon(ViewId(id.view));
                 Ok(())
             }
-            Some(Down::Dismissed(v1::Dismissed { why })) => Err(ServiceError::Dismissed { uri: self.uri.clone(), why }),
+            Some(Down::Dismissed(v1::Dismissed { why, drained })) => {
+                Err(ServiceError::Dismissed { uri: self.uri.clone(), why, drained })
+            }
             None => Err(ServiceError::Protocol { uri: self.uri.clone(), what: "an empty or unknown message".into() }),
         }
     }
@@ -163,6 +181,14 @@ impl Session {
 
     fn lost(&self, why: String) -> ServiceError {
         ServiceError::SessionLost { uri: self.uri.clone(), why }
+    }
+}
+
+/// Completes at a deadline, if there is one.
+async fn passed(deadline: Option<tokio::time::Instant>) {
+    match deadline {
+        Some(deadline) => tokio::time::sleep_until(deadline).await,
+        None => std::future::pending().await,
     }
 }
 

@@ -83,7 +83,8 @@ impl Rig {
             slot: SLOT,
             limits,
         };
-        let views = ExpertViews::new(loader.clone(), tables, counters, waker, SLOT, Duration::from_secs(3600));
+        let views =
+            ExpertViews::new(loader.clone(), tables, counters, waker, SLOT, Duration::from_secs(3600), Vec::new());
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
         Self { hub, addr, engine: Engine::new(parts), loader, views, runtime, now: Instant::now() }
     }

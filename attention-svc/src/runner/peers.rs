@@ -1,0 +1,233 @@
+//! The expert nodes as this node sees them: who can be reached, who is silent, how long answers take; and which holder of
+//! an expert computes its rows.
+
+use std::time::{Duration, Instant};
+
+use mesh_core::{ExpertId, Slot};
+
+/// How much of a new answer's time goes into the moving average.
+const AVERAGE_SHARE: f64 = 0.05;
+/// After how long without answers a node's average has come halfway to the others': a node that was slow is tried again.
+const FORGET_HALF: Duration = Duration::from_secs(5);
+/// After how long the slowest answer seen counts half.
+const SLOWEST_HALF: Duration = Duration::from_secs(10);
+/// So many times the slowest answer of late is silence.
+const SILENCE_FACTOR: u32 = 4;
+/// A node whose silence ended without an answer is avoided for this long, twice as long after each further time.
+const AVOID_MIN: Duration = Duration::from_millis(250);
+const AVOID_MAX: Duration = Duration::from_secs(4);
+/// A pair's share of a frame's cost beside its experts': a further row of an expert that is read anyway.
+const PAIR_COST: f64 = 1.0 / 16.0;
+
+/// What is known of one slot.
+#[derive(Clone, Copy, Debug)]
+struct Seen {
+    connected: bool,
+    /// Not to be chosen until then; since when it owes an answer.
+    avoided: Option<(Instant, Instant)>,
+    /// Times that it was silent since it last answered.
+    silences: u32,
+    /// Moving average of an answer's nanoseconds for a unit of work; 0: none yet.
+    average: f64,
+    heard: Instant,
+}
+
+/// All slots of the view in force.
+#[derive(Debug)]
+pub(super) struct Peers {
+    slots: Vec<Seen>,
+    silence_min: Duration,
+    silence_max: Duration,
+    /// The slowest answer, and when it came.
+    slowest: (Duration, Instant),
+    /// For each expert of the layer at hand, who was chosen; and what is asked of each slot so far.
+    chosen: Vec<Option<Slot>>,
+    asked: Vec<f64>,
+    costs: Vec<f64>,
+}
+
+/// Units of work of a frame.
+pub(super) fn work(pairs: usize, experts: usize) -> f64 {
+    pairs.min(experts) as f64 + pairs as f64 * PAIR_COST
+}
+
+impl Peers {
+    /// Nobody yet. A node is silent when it owes an answer for four times the slowest of late, at least `silence_min`, at
+    /// most `silence_max`.
+    pub fn new(silence_min: Duration, silence_max: Duration) -> Self {
+        let slowest = (Duration::ZERO, Instant::now());
+        let (chosen, asked, costs) = (Vec::new(), Vec::new(), Vec::new());
+        Self { slots: Vec::new(), silence_min, silence_max, slowest, chosen, asked, costs }
+    }
+
+    fn seen(&mut self, slot: Slot) -> &mut Seen {
+        if self.slots.len() <= slot.index() {
+            let nobody = Seen { connected: false, avoided: None, silences: 0, average: 0.0, heard: Instant::now() };
+            self.slots.resize(slot.index() + 1, nobody);
+        }
+        &mut self.slots[slot.index()]
+    }
+
+    /// A slot has another node behind it, or none: nothing is known of it.
+    pub fn reset(&mut self, slot: Slot, connected: bool) {
+        *self.seen(slot) = Seen { connected, avoided: None, silences: 0, average: 0.0, heard: Instant::now() };
+    }
+
+    /// The slot's channel opened or closed.
+    pub fn set_connected(&mut self, slot: Slot, connected: bool) {
+        self.seen(slot).connected = connected;
+    }
+
+    /// Whether rows may be sent to a slot: connected, and not silent of late.
+    pub fn usable(&self, slot: Slot, now: Instant) -> bool {
+        let seen = self.slots.get(slot.index());
+        seen.is_some_and(|s| s.connected && s.avoided.is_none_or(|(until, _)| until <= now))
+    }
+
+    /// When the first of the slots that are avoided may be tried again.
+    pub fn next_try(&self) -> Option<Instant> {
+        self.slots.iter().filter_map(|s| s.avoided.map(|(until, _)| until)).min()
+    }
+
+    /// How long an answer may take before its node counts as silent.
+    pub fn silence(&self, now: Instant) -> Duration {
+        let halvings = now.saturating_duration_since(self.slowest.1).as_secs_f64() / SLOWEST_HALF.as_secs_f64();
+        let slowest = self.slowest.0.mul_f64(0.5f64.powf(halvings));
+        slowest.saturating_mul(SILENCE_FACTOR).clamp(self.silence_min, self.silence_max)
+    }
+
+    fn slow(&mut self, took: Duration, now: Instant) {
+        let halvings = now.saturating_duration_since(self.slowest.1).as_secs_f64() / SLOWEST_HALF.as_secs_f64();
+        if took > self.slowest.0.mul_f64(0.5f64.powf(halvings)) {
+            self.slowest = (took, now);
+        }
+    }
+
+    /// The slot owes an answer for too long, since `sent`.
+    pub fn silent(&mut self, slot: Slot, sent: Instant, now: Instant) {
+        let seen = self.seen(slot);
+        let avoid = AVOID_MIN.saturating_mul(1 << seen.silences.min(8)).min(AVOID_MAX);
+        seen.silences += 1;
+        seen.avoided = Some((now + avoid, sent));
+    }
+
+    /// A frame came from the slot: it lives. One that was taken for silent was slow, which is remembered.
+    pub fn heard(&mut self, slot: Slot, now: Instant) {
+        let seen = self.seen(slot);
+        seen.silences = 0;
+        if let Some((_, sent)) = seen.avoided.take() {
+            self.slow(now.saturating_duration_since(sent), now);
+        }
+    }
+
+    /// An answer for `units` of work took so long.
+    pub fn answered(&mut self, slot: Slot, took: Duration, units: f64, now: Instant) {
+        self.slow(took, now);
+        let seen = self.seen(slot);
+        let each = took.as_nanos() as f64 / units.max(1.0);
+        seen.average = if seen.average == 0.0 { each } else { seen.average + (each - seen.average) * AVERAGE_SHARE };
+        seen.heard = now;
+    }
+
+    /// Begins the choices of one dispatch among `experts` experts.
+    pub fn begin(&mut self, experts: usize, now: Instant) {
+        self.chosen.clear();
+        self.chosen.resize(experts, None);
+        self.asked.clear();
+        self.asked.resize(self.slots.len(), 0.0);
+        let known = self.slots.iter().filter(|s| s.connected && s.average > 0.0);
+        let (sum, count) = known.fold((0.0, 0), |(sum, count), s| (sum + s.average, count + 1));
+        let mean = if count == 0 { 1.0 } else { sum / f64::from(count) };
+        self.costs.clear();
+        self.costs.extend(self.slots.iter().map(|s| {
+            let halvings = now.saturating_duration_since(s.heard).as_secs_f64() / FORGET_HALF.as_secs_f64();
+            if s.average == 0.0 { mean } else { mean + (s.average - mean) * 0.5f64.powf(halvings) }
+        }));
+    }
+
+    /// Who computes an expert's rows: of the usable holders the one that has to do the least, by what it is asked in this
+    /// dispatch and how fast it has been; in doubt the first. All of an expert's rows go to one node, which reads its weights
+    /// once.
+    pub fn choose(&mut self, expert: ExpertId, holders: &[Slot], except: Option<Slot>, now: Instant) -> Option<Slot> {
+        let usable = |s: &Slot| Some(*s) != except && self.usable(*s, now);
+        if let Some(slot) = self.chosen.get(expert.index()).copied().flatten().filter(usable) {
+            return Some(slot);
+        }
+        let after = |s: &Slot| self.asked[s.index()] + self.costs[s.index()];
+        let best = holders.iter().copied().filter(usable).min_by(|a, b| after(a).total_cmp(&after(b)))?;
+        self.asked[best.index()] += self.costs[best.index()];
+        if let Some(chosen) = self.chosen.get_mut(expert.index()) {
+            *chosen = Some(best);
+        }
+        Some(best)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const MIN: Duration = Duration::from_millis(500);
+    const MAX: Duration = Duration::from_secs(10);
+
+    fn peers(slots: u16) -> (Peers, Instant) {
+        let mut peers = Peers::new(MIN, MAX);
+        (0..slots).for_each(|slot| peers.reset(Slot(slot), true));
+        (peers, Instant::now())
+    }
+
+    fn chosen(peers: &mut Peers, holders: &[&[u16]], now: Instant) -> Vec<Option<u16>> {
+        peers.begin(holders.len(), now);
+        let choose = |(expert, holders): (usize, &&[u16])| {
+            let holders: Vec<Slot> = holders.iter().map(|s| Slot(*s)).collect();
+            peers.choose(ExpertId(expert as u16), &holders, None, now).map(|s| s.0)
+        };
+        holders.iter().enumerate().map(choose).collect()
+    }
+
+    #[test]
+    fn experts_are_shared_out_evenly_over_their_holders() {
+        let (mut peers, now) = peers(2);
+        let got = chosen(&mut peers, &[&[0, 1], &[0, 1], &[0, 1], &[1, 0]], now);
+        assert_eq!(got, [Some(0), Some(1), Some(0), Some(1)]);
+    }
+
+    #[test]
+    fn a_node_that_takes_longer_gets_less_and_is_tried_again_after_a_while() {
+        let (mut peers, now) = peers(2);
+        for _ in 0..100 {
+            peers.answered(Slot(0), Duration::from_millis(10), 1.0, now);
+            peers.answered(Slot(1), Duration::from_millis(1), 1.0, now);
+        }
+        let holders: [&[u16]; 8] = [&[0, 1]; 8];
+        let of_slow = |got: Vec<Option<u16>>| got.iter().filter(|s| **s == Some(0)).count();
+        assert_eq!(of_slow(chosen(&mut peers, &holders, now)), 0);
+        assert!(of_slow(chosen(&mut peers, &holders, now + 10 * FORGET_HALF)) >= 3);
+    }
+
+    #[test]
+    fn who_is_gone_or_silent_is_not_chosen_and_who_answers_is_again() {
+        let (mut peers, now) = peers(3);
+        peers.set_connected(Slot(0), false);
+        peers.silent(Slot(1), now - MIN, now);
+        assert_eq!(chosen(&mut peers, &[&[0, 1], &[1, 2]], now), [None, Some(2)]);
+        assert_eq!(peers.next_try(), Some(now + AVOID_MIN));
+        peers.heard(Slot(1), now);
+        assert_eq!(chosen(&mut peers, &[&[0, 1]], now), [Some(1)]);
+        peers.silent(Slot(1), now - MIN, now);
+        assert!(peers.usable(Slot(1), now + AVOID_MIN), "it is tried again when nobody hears of it");
+    }
+
+    #[test]
+    fn silence_is_measured_by_how_long_answers_take() {
+        let (mut peers, now) = peers(1);
+        assert_eq!(peers.silence(now), MIN);
+        peers.answered(Slot(0), Duration::from_secs(1), 8.0, now);
+        assert_eq!(peers.silence(now), Duration::from_secs(4));
+        assert_eq!(peers.silence(now + SLOWEST_HALF), Duration::from_secs(2));
+        // Slower than what was taken for silence: it gets more time.
+        peers.silent(Slot(0), now - Duration::from_secs(5), now);
+        peers.heard(Slot(0), now);
+        assert_eq!(peers.silence(now), MAX);
+    }
+}

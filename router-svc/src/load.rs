@@ -1,0 +1,192 @@
+//! What heartbeats tell of load and speed, as moving averages: what placement rests on. No IO, no clock.
+
+use std::collections::BTreeMap;
+use std::time::{Duration, Instant};
+
+use mesh_core::{NodeId, Slot};
+use mesh_proto::limits::SLOTS_MAX;
+use mesh_proto::v1;
+
+/// After how long a rate counts half.
+const RATE_HALF: Duration = Duration::from_secs(20);
+/// After how long a wait counts half, while answers come.
+const WAIT_HALF: Duration = Duration::from_secs(2);
+/// Slots whose answers take less than so many times the usual are as fast as the others: nodes that share processors differ
+/// by more than nothing, and every move costs.
+const SLOW_FACTOR: f64 = 3.0;
+/// And so are slots whose answers take no longer than this beyond the usual: below, who shares a processor with whom decides.
+const SLOW_MIN_NS: f64 = 1e6;
+/// The slowest that a node counts as.
+const SPEED_MIN: f64 = 0.02;
+
+/// Rows that one expert node computed.
+#[derive(Debug)]
+struct Rows {
+    at: Instant,
+    /// As last told, since the node's start.
+    counted: Vec<u64>,
+    /// Rows a second.
+    rates: Vec<f64>,
+}
+
+/// Answers of one expert slot to one attention node.
+#[derive(Clone, Copy, Debug, Default)]
+struct Waited {
+    answers: u64,
+    ns: u64,
+    work: f64,
+    /// Nanoseconds of an answer, moving average.
+    each: f64,
+    /// Nanoseconds for a unit of work, moving average.
+    cost: f64,
+    at: Option<Instant>,
+}
+
+/// Load and speed of all nodes.
+#[derive(Debug, Default)]
+pub struct Loads {
+    rows: BTreeMap<NodeId, Rows>,
+    waits: BTreeMap<NodeId, BTreeMap<Slot, Waited>>,
+}
+
+fn share(passed: Duration, half: Duration) -> f64 {
+    1.0 - 0.5f64.powf(passed.as_secs_f64() / half.as_secs_f64())
+}
+
+impl Loads {
+    /// Takes a node's account in.
+    pub fn heartbeat(&mut self, node: NodeId, load: &v1::NodeLoad, now: Instant) {
+        if !load.expert_rows.is_empty() {
+            self.rows(node, &load.expert_rows, now);
+        }
+        for wait in load.waits.iter().take(SLOTS_MAX) {
+            let Ok(slot) = u16::try_from(wait.slot) else { continue };
+            let seen = self.waits.entry(node).or_default().entry(Slot(slot)).or_default();
+            let (ns, work) = (wait.ns.saturating_sub(seen.ns), wait.work - seen.work);
+            let answers = wait.answers.saturating_sub(seen.answers);
+            if work.is_finite() && work > 0.0 && answers > 0 {
+                let (cost, each) = (ns as f64 / work, ns as f64 / answers as f64);
+                let share = seen.at.map_or(1.0, |at| share(now.saturating_duration_since(at), WAIT_HALF));
+                seen.cost += (cost - seen.cost) * share;
+                seen.each += (each - seen.each) * share;
+                seen.at = Some(now);
+            }
+            (seen.answers, seen.ns, seen.work) = (wait.answers, wait.ns, wait.work);
+        }
+    }
+
+    fn rows(&mut self, node: NodeId, counted: &[u64], now: Instant) {
+        let known = self.rows.get_mut(&node).filter(|r| r.counted.len() == counted.len());
+        let Some(rows) = known else {
+            let rates = vec![0.0; counted.len()];
+            self.rows.insert(node, Rows { at: now, counted: counted.to_vec(), rates });
+            return;
+        };
+        let passed = now.saturating_duration_since(rows.at);
+        if passed.is_zero() {
+            return;
+        }
+        let (share, seconds) = (share(passed, RATE_HALF), passed.as_secs_f64());
+        for ((rate, before), count) in rows.rates.iter_mut().zip(&mut rows.counted).zip(counted) {
+            let new = count.saturating_sub(*before) as f64 / seconds;
+            *rate += (new - *rate) * share;
+            *before = *count;
+        }
+        rows.at = now;
+    }
+
+    /// A node is gone.
+    pub fn forget(&mut self, node: NodeId) {
+        self.rows.remove(&node);
+        self.waits.remove(&node);
+    }
+
+    /// The node behind a slot is another: how slow the one before was says nothing.
+    pub fn forget_slot(&mut self, slot: Slot) {
+        self.waits.values_mut().for_each(|of| {
+            of.remove(&slot);
+        });
+    }
+
+    /// Rows a second of each expert over all nodes, `[MoE layer][expert]`; empty while nothing is known.
+    pub fn rates(&self, experts: usize) -> Vec<f64> {
+        let mut rates = vec![0.0; experts];
+        for rows in self.rows.values().filter(|r| r.rates.len() == experts) {
+            rates.iter_mut().zip(&rows.rates).for_each(|(sum, rate)| *sum += rate);
+        }
+        if rates.iter().all(|rate| *rate == 0.0) { Vec::new() } else { rates }
+    }
+
+    /// How fast each slot answers beside the others: 1 is usual, and so is a slot of which nothing is known.
+    pub fn speeds(&self) -> BTreeMap<Slot, f64> {
+        let mut sums: BTreeMap<Slot, (f64, f64, f64)> = BTreeMap::new();
+        for (slot, waited) in self.waits.values().flatten().filter(|(_, w)| w.at.is_some()) {
+            let of = sums.entry(*slot).or_default();
+            *of = (of.0 + waited.cost, of.1 + waited.each, of.2 + 1.0);
+        }
+        let waits: Vec<(Slot, f64, f64)> =
+            sums.into_iter().map(|(slot, (cost, each, n))| (slot, cost / n, each / n)).collect();
+        let (usual, usual_each) = (middle(waits.iter().map(|w| w.1)), middle(waits.iter().map(|w| w.2)));
+        let speed = |cost: f64, each: f64| {
+            let usual_enough = cost < usual * SLOW_FACTOR || each < usual_each + SLOW_MIN_NS;
+            if usual_enough { 1.0 } else { (usual / cost).max(SPEED_MIN) }
+        };
+        waits.into_iter().map(|(slot, cost, each)| (slot, speed(cost, each))).collect()
+    }
+}
+
+/// The middle of some values; of two in the middle the lower: of two nodes the faster is the usual one.
+fn middle(values: impl Iterator<Item = f64>) -> f64 {
+    let mut sorted: Vec<f64> = values.collect();
+    sorted.sort_by(f64::total_cmp);
+    sorted.get(sorted.len().saturating_sub(1) / 2).copied().unwrap_or(0.0)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const MS: u64 = 1_000_000;
+
+    fn waits(of: &[(u32, u64, f64)]) -> v1::NodeLoad {
+        let waits = of.iter().map(|(slot, ns, work)| v1::SlotWait { slot: *slot, answers: 1, ns: *ns, work: *work });
+        v1::NodeLoad { waits: waits.collect(), ..Default::default() }
+    }
+
+    #[test]
+    fn rates_follow_what_nodes_count_and_go_with_the_node() {
+        let (mut loads, now) = (Loads::default(), Instant::now());
+        let rows = |rows: &[u64]| v1::NodeLoad { expert_rows: rows.to_vec(), ..Default::default() };
+        loads.heartbeat(NodeId(1), &rows(&[0, 0]), now);
+        assert!(loads.rates(2).is_empty(), "nothing was computed yet");
+        loads.heartbeat(NodeId(1), &rows(&[2000, 0]), now + RATE_HALF);
+        loads.heartbeat(NodeId(2), &rows(&[7, 7]), now + RATE_HALF);
+        assert_eq!(loads.rates(2), [50.0, 0.0]);
+        // A node that counts from its start again is no negative load.
+        loads.heartbeat(NodeId(1), &rows(&[10, 0]), now + 2 * RATE_HALF);
+        assert_eq!(loads.rates(2), [25.0, 0.0]);
+        loads.forget(NodeId(1));
+        assert!(loads.rates(2).is_empty());
+    }
+
+    #[test]
+    fn a_slot_that_all_wait_for_is_slow_and_small_differences_are_not() {
+        let (mut loads, now) = (Loads::default(), Instant::now());
+        loads.heartbeat(NodeId(1), &waits(&[(0, MS, 1.0), (1, MS * 12 / 10, 1.0), (2, 11 * MS, 1.0), (3, 5 * MS, 20.0)]), now);
+        let speeds = loads.speeds();
+        assert_eq!((speeds[&Slot(0)], speeds[&Slot(1)]), (1.0, 1.0));
+        assert_eq!(speeds[&Slot(3)], 1.0, "it has more to do for each answer");
+        assert!((speeds[&Slot(2)] - 1.0 / 11.0).abs() < 1e-9, "{speeds:?}");
+        loads.forget_slot(Slot(2));
+        assert!(!loads.speeds().contains_key(&Slot(2)));
+        assert!(Loads::default().speeds().is_empty());
+    }
+
+    #[test]
+    fn of_two_nodes_the_slower_one_is_slow() {
+        let (mut loads, now) = (Loads::default(), Instant::now());
+        loads.heartbeat(NodeId(1), &waits(&[(0, 10 * MS, 1.0), (1, MS, 1.0)]), now);
+        assert_eq!(loads.speeds()[&Slot(1)], 1.0);
+        assert!((loads.speeds()[&Slot(0)] - 0.1).abs() < 1e-9);
+    }
+}
