@@ -172,7 +172,11 @@ mod tests {
     #[test]
     fn a_slot_that_all_wait_for_is_slow_and_small_differences_are_not() {
         let (mut loads, now) = (Loads::default(), Instant::now());
-        loads.heartbeat(NodeId(1), &waits(&[(0, MS, 1.0), (1, MS * 12 / 10, 1.0), (2, 11 * MS, 1.0), (3, 5 * MS, 20.0)]), now);
+        loads.heartbeat(
+            NodeId(1),
+            &waits(&[(0, MS, 1.0), (1, MS * 12 / 10, 1.0), (2, 11 * MS, 1.0), (3, 5 * MS, 20.0)]),
+            now,
+        );
         let speeds = loads.speeds();
         assert_eq!((speeds[&Slot(0)], speeds[&Slot(1)]), (1.0, 1.0));
         assert_eq!(speeds[&Slot(3)], 1.0, "it has more to do for each answer");

@@ -21,7 +21,7 @@ use crate::ServiceError;
 /// Messages to the router that may wait to be sent.
 const UP_MAX: usize = 64;
 /// Orders of the router that may wait for the one before them.
-const ORDERS_MAX: usize = 8;
+const ORDERS_MAX: usize = 64;
 /// How long the router may take to open the session.
 const OPEN_MAX: Duration = Duration::from_secs(10);
 /// How long a node that leaves waits for the router to hear it.

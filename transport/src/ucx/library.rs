@@ -137,6 +137,12 @@ pub fn status_words(ucp: &sys::Ucp, status: sys::ucs_status_t) -> String {
     unsafe { CStr::from_ptr(words) }.to_string_lossy().into_owned()
 }
 
+/// From which size on UCX sends bodies by rendezvous: never, unless this variable says otherwise. Within a host a rendezvous
+/// copies straight out of the other process's memory, and when that process dies meanwhile UCX ends this one by abort()
+/// (`cma_ep.c`, "process_vm_readv returned -1: No such process", seen with 1.13): nobody may die of another's death. Without
+/// such copies (in containers, that is) a rendezvous of 1.13 over shared memory comes to no end.
+const RENDEZVOUS_VARIABLE: &str = "UCX_RNDV_THRESH";
+
 /// A UCP context: the library set up with our options.
 pub struct Context {
     /// The functions.
@@ -157,6 +163,11 @@ impl Context {
             Some(tls) => set_option(&ucp, config, "TLS", tls),
             None => Ok(()),
         }
+        .and_then(|()| match std::env::var_os(RENDEZVOUS_VARIABLE) {
+            // Who sets the variable decides.
+            Some(_) => Ok(()),
+            None => set_option(&ucp, config, "RNDV_THRESH", "inf"),
+        })
         .and_then(|()| init(&ucp, config))
         .map_err(|error| match (error, options.tls.as_ref()) {
             // With a list of transports given, it is the list that finds no device.
