@@ -119,6 +119,9 @@ pub struct UpArgs {
     /// Print nothing but the ready line: no progress, no words on stderr except errors and the nodes' logs.
     #[arg(long)]
     pub json: bool,
+    /// Faults of the data plane, which attention nodes are handed as MESH_FAULTS. Drills set it; no flag does.
+    #[arg(skip)]
+    pub faults: Option<String>,
 }
 
 /// Where a mesh is.

@@ -150,6 +150,20 @@ pub enum CliError {
         /// The machine's reason.
         source: std::io::Error,
     },
+    /// A process of the mesh is spoken of that was never started.
+    #[error("the mesh has no node {name}")]
+    NoSuchNode {
+        /// As given.
+        name: String,
+    },
+    /// What runs cannot be started again.
+    #[error("{name} (pid {pid}) still runs: only what has ended is started again")]
+    StillRuns {
+        /// Which.
+        name: String,
+        /// Its process.
+        pid: u32,
+    },
     /// A load test could not start, or its results could not be kept.
     #[error(transparent)]
     Bench(#[from] crate::bench::BenchError),
@@ -163,6 +177,7 @@ impl CliError {
     pub fn exit(&self) -> Exit {
         match self {
             CliError::BadAddress { .. } | CliError::NoModel { .. } => Exit::Usage,
+            CliError::NoSuchNode { .. } | CliError::StillRuns { .. } => Exit::Usage,
             CliError::NoMesh { .. } => Exit::Unavailable,
             CliError::Mesh(error) => Exit::of_code(error.code),
             CliError::NoBinary { .. } | CliError::Spawn { .. } | CliError::Os { .. } => Exit::Os,
