@@ -34,6 +34,8 @@ pub enum Command {
     Demo(DemoArgs),
     /// Put load on a running mesh and measure latency, throughput and goodput.
     Bench(crate::bench::BenchArgs),
+    /// Start a mesh, disturb it by a plan under load, and compare every token with the undisturbed run.
+    Drill(crate::drill::DrillArgs),
 }
 
 /// The data plane that nodes use among themselves.
