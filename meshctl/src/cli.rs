@@ -40,6 +40,8 @@ pub enum Command {
     Demo(DemoArgs),
     /// Put load on a running mesh and measure latency, throughput and goodput.
     Bench(crate::bench::BenchArgs),
+    /// Start a mesh, disturb it by a plan under load, and compare every token with the undisturbed run.
+    Drill(crate::drill::DrillArgs),
 }
 
 /// The data plane that nodes use among themselves.
@@ -125,6 +127,9 @@ pub struct UpArgs {
     /// Print nothing but the ready line: no progress, no words on stderr except errors and the nodes' logs.
     #[arg(long)]
     pub json: bool,
+    /// Faults of the data plane, which attention nodes are handed as MESH_FAULTS. Drills set it; no flag does.
+    #[arg(skip)]
+    pub faults: Option<String>,
 }
 
 /// Where a mesh is.

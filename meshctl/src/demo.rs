@@ -52,6 +52,7 @@ pub async fn run(args: DemoArgs) -> Result<Exit, CliError> {
         grace: Duration::from_secs(10),
         bin_dir: args.bin_dir.clone(),
         json: false,
+        faults: None,
     };
     let mut signals = StopSignals::watch()?;
     let progress = Progress::new(false);
@@ -77,7 +78,10 @@ pub async fn run(args: DemoArgs) -> Result<Exit, CliError> {
 }
 
 /// `fixtures/tiny-moe` of the repository that this directory or this executable lies in.
-fn shipped_model() -> Result<PathBuf, CliError> {
+///
+/// # Errors
+/// [`CliError::NoModel`] and [`CliError::Os`].
+pub(crate) fn shipped_model() -> Result<PathBuf, CliError> {
     let cwd =
         std::env::current_dir().map_err(|source| CliError::Os { what: "finding the current directory", source })?;
     let exe = crate::launch::own_folder()?;

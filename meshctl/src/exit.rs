@@ -11,6 +11,8 @@ use mesh_proto::{Code, MeshError};
 pub enum Exit {
     /// Done.
     Ok,
+    /// A drill's expectations were not met.
+    Unmet,
     /// The flags make no sense.
     Usage,
     /// The mesh refused the request as one that it can never serve.
@@ -38,6 +40,7 @@ impl Exit {
     pub fn code(self) -> u8 {
         match self {
             Exit::Ok => 0,
+            Exit::Unmet => 1,
             Exit::Usage => 64,
             Exit::Refused => 65,
             Exit::Unavailable => 69,
@@ -150,9 +153,26 @@ pub enum CliError {
         /// The machine's reason.
         source: std::io::Error,
     },
+    /// A process of the mesh is spoken of that was never started.
+    #[error("the mesh has no node {name}")]
+    NoSuchNode {
+        /// As given.
+        name: String,
+    },
+    /// What runs cannot be started again.
+    #[error("{name} (pid {pid}) still runs: only what has ended is started again")]
+    StillRuns {
+        /// Which.
+        name: String,
+        /// Its process.
+        pid: u32,
+    },
     /// A load test could not start, or its results could not be kept.
     #[error(transparent)]
     Bench(#[from] crate::bench::BenchError),
+    /// A drill could not be run.
+    #[error(transparent)]
+    Drill(#[from] crate::drill::DrillError),
     /// Ctrl-C or SIGTERM before the work was done.
     #[error("interrupted")]
     Interrupted,
@@ -163,6 +183,7 @@ impl CliError {
     pub fn exit(&self) -> Exit {
         match self {
             CliError::BadAddress { .. } | CliError::NoModel { .. } => Exit::Usage,
+            CliError::NoSuchNode { .. } | CliError::StillRuns { .. } => Exit::Usage,
             CliError::NoMesh { .. } => Exit::Unavailable,
             CliError::Mesh(error) => Exit::of_code(error.code),
             CliError::NoBinary { .. } | CliError::Spawn { .. } | CliError::Os { .. } => Exit::Os,
@@ -173,6 +194,7 @@ impl CliError {
             CliError::BadReadyLine { .. } | CliError::StreamCut | CliError::Demo(_) => Exit::Internal,
             CliError::StartTimeout { .. } => Exit::Deadline,
             CliError::Bench(error) => error.exit(),
+            CliError::Drill(error) => error.exit(),
             CliError::Interrupted => Exit::Interrupted,
         }
     }
@@ -192,6 +214,7 @@ impl CliError {
             CliError::ChildDied { .. } => "the log lines above say why; fix that and start again",
             CliError::Mesh(error) => remedy_of(error.code),
             CliError::Bench(error) => error.remedy(),
+            CliError::Drill(error) => return error.remedy(),
             CliError::BadReadyLine { .. } => "build all binaries from one commit: `cargo build --release --bins`",
             _ => return None,
         })
@@ -226,6 +249,7 @@ mod tests {
     fn errors_that_call_for_different_actions_have_different_codes() {
         let codes = [
             Exit::Ok,
+            Exit::Unmet,
             Exit::Usage,
             Exit::Refused,
             Exit::Unavailable,

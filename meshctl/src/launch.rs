@@ -1,5 +1,12 @@
 //! A whole mesh as processes: start in order, wait until it serves, stop in order.
+//!
+//! # Layout
+//! - here: the whole mesh
+//! - `single`: one process of it: signalled, started again, added
 
+mod single;
+
+use std::fmt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
@@ -19,6 +26,9 @@ use crate::process::{LogSink, Process, Ready};
 const SERVING_POLL: Duration = Duration::from_millis(50);
 /// How long a killed process may take to be gone: the kernel's work, not its own.
 const KILL_MAX: Duration = Duration::from_secs(10);
+
+/// Where attention nodes find the faults that they are to make.
+const FAULTS_ENV: &str = "MESH_FAULTS";
 
 /// A node in the ready line.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
@@ -44,18 +54,22 @@ pub struct ReadyLine {
     pub nodes: Vec<NodeLine>,
 }
 
-/// The order in which groups stop: who takes requests first, who is needed by the others last.
+/// What a process does, in the order in which groups stop: who takes requests first, who is needed by the others last.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
-enum Group {
+pub enum Group {
+    /// Owns requests.
     Attention,
+    /// Holds experts.
     Expert,
+    /// The front door; there is one.
     Router,
 }
 
 impl Group {
     const IN_STOP_ORDER: [Group; 3] = [Group::Attention, Group::Expert, Group::Router];
 
-    fn name(self) -> &'static str {
+    /// As names of processes begin.
+    pub fn name(self) -> &'static str {
         match self {
             Group::Attention => "attention",
             Group::Expert => "expert",
@@ -72,11 +86,60 @@ impl Group {
     }
 }
 
+/// A process of a mesh, and what it was started with.
+#[derive(Debug)]
+pub struct Node {
+    group: Group,
+    slot: u16,
+    args: Vec<String>,
+    process: Process,
+}
+
+impl Node {
+    /// What it does.
+    pub fn group(&self) -> Group {
+        self.group
+    }
+
+    /// Its number in its group; 0 for the router.
+    pub fn slot(&self) -> u16 {
+        self.slot
+    }
+
+    /// The process.
+    pub fn process(&self) -> &Process {
+        &self.process
+    }
+}
+
+/// What every process of a mesh is started with.
+struct Launcher {
+    args: UpArgs,
+    bin_dir: PathBuf,
+    log: LogSink,
+}
+
+impl fmt::Debug for Launcher {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Launcher").field("args", &self.args).field("bin_dir", &self.bin_dir).finish_non_exhaustive()
+    }
+}
+
+impl Launcher {
+    fn spawn(&self, group: Group, slot: u16, args: Vec<String>) -> Result<Node, CliError> {
+        let name = if group == Group::Router { group.name().to_owned() } else { format!("{}-{slot}", group.name()) };
+        let faults = self.args.faults.as_ref().filter(|_| group == Group::Attention);
+        let env: Vec<_> = faults.map(|faults| (FAULTS_ENV.to_owned(), faults.clone())).into_iter().collect();
+        let process = Process::spawn(&name, &self.bin_dir.join(group.binary()), &args, &env, self.log.clone())?;
+        Ok(Node { group, slot, args, process })
+    }
+}
+
 /// The processes of a mesh. Dropping it kills them.
 #[derive(Debug)]
 pub struct Mesh {
-    processes: Vec<(Group, Process)>,
-    grace: Duration,
+    nodes: Vec<Node>,
+    launcher: Launcher,
     grpc: String,
 }
 
@@ -100,7 +163,8 @@ impl Progress {
         Self { bar, quiet }
     }
 
-    fn say(&self, message: String) {
+    /// Says what is being done.
+    pub fn say(&self, message: String) {
         if self.bar.is_hidden() && !self.quiet {
             eprintln!("{message}");
         } else {
@@ -144,9 +208,9 @@ pub fn check_model(model: &Path) -> Result<(), CliError> {
     if model.join("config.json").is_file() { Ok(()) } else { Err(CliError::NoModel { path: model.to_owned() }) }
 }
 
-fn router_args(args: &UpArgs) -> Vec<String> {
+fn router_args(args: &UpArgs, grpc: &str) -> Vec<String> {
     let pairs = [
-        ("--grpc", args.grpc.to_string()),
+        ("--grpc", grpc.to_owned()),
         ("--attention-min", args.attention.to_string()),
         ("--experts-min", args.experts.to_string()),
         ("--replicas", args.replicas.to_string()),
@@ -188,9 +252,14 @@ impl Mesh {
     /// [`CliError`].
     pub async fn start(args: &UpArgs, progress: &Progress, log: LogSink) -> Result<(Self, ReadyLine), CliError> {
         check_model(&args.model)?;
-        let mut mesh = Self { processes: Vec::new(), grace: args.grace, grpc: String::new() };
+        let bin_dir = match &args.bin_dir {
+            Some(dir) => dir.clone(),
+            None => own_folder()?,
+        };
+        let launcher = Launcher { args: args.clone(), bin_dir, log };
+        let mut mesh = Self { nodes: Vec::new(), launcher, grpc: String::new() };
         let deadline = Instant::now() + args.start_timeout;
-        let started = timeout_at(deadline, mesh.start_all(args, progress, &log)).await;
+        let started = timeout_at(deadline, mesh.start_all(args, progress)).await;
         progress.done();
         let error = match started {
             Ok(Ok(line)) => return Ok((mesh, line)),
@@ -204,49 +273,43 @@ impl Mesh {
         Err(error)
     }
 
-    async fn start_all(&mut self, args: &UpArgs, progress: &Progress, log: &LogSink) -> Result<ReadyLine, CliError> {
-        let bin_dir = match &args.bin_dir {
-            Some(dir) => dir.clone(),
-            None => own_folder()?,
-        };
-        let spawn = |group: Group, name: &str, args: &[String]| {
-            Process::spawn(name, &bin_dir.join(group.binary()), args, log.clone()).map(|p| (group, p))
-        };
+    async fn start_all(&mut self, args: &UpArgs, progress: &Progress) -> Result<ReadyLine, CliError> {
         progress.say("starting the router".to_owned());
-        self.processes.push(spawn(Group::Router, Group::Router.name(), &router_args(args))?);
-        let (_, router) = self.processes.first_mut().expect("pushed above");
-        self.grpc = router.ready().await?.grpc;
-        let grpc = self.grpc.clone();
-        let mut nodes =
-            vec![NodeLine { role: "router".into(), id: "router".into(), pid: router.pid(), addr: grpc.clone() }];
+        self.nodes.push(self.launcher.spawn(Group::Router, 0, router_args(args, &args.grpc.to_string()))?);
+        let router = self.nodes.first_mut().expect("pushed above");
+        self.grpc = router.process.ready().await?.grpc;
+        // Started again, it must be where everybody looks for it.
+        router.args = router_args(args, &self.grpc);
+        let (pid, addr) = (router.process.pid(), self.grpc.clone());
+        let mut nodes = vec![NodeLine { role: "router".into(), id: "router".into(), pid, addr }];
 
         let (attention, experts) = (args.attention, args.experts);
         progress.say(format!("loading {} on {attention} attention and {experts} expert nodes", args.model.display()));
         for (group, count) in [(Group::Expert, experts), (Group::Attention, attention)] {
             for slot in 0..count {
-                let name = format!("{}-{slot}", group.name());
-                self.processes.push(spawn(group, &name, &node_args(args, &grpc, group, slot))?);
+                let node = self.launcher.spawn(group, slot, node_args(args, &self.grpc, group, slot))?;
+                self.nodes.push(node);
             }
         }
-        for i in 1..self.processes.len() {
+        for i in 1..self.nodes.len() {
             let ready = self.ready_of(i).await?;
-            let (group, process) = &self.processes[i];
+            let Node { group, process, .. } = &self.nodes[i];
             let id = format!("{}-{}", group.name(), ready.slot);
             nodes.push(NodeLine { role: group.name().to_owned(), id, pid: process.pid(), addr: ready.addr });
         }
         progress.say("waiting for the first view".to_owned());
         self.serving().await?;
         nodes[1..].sort_by_key(|node| node.role != "attention");
-        Ok(ReadyLine { ready: true, grpc, nodes })
+        Ok(ReadyLine { ready: true, grpc: self.grpc.clone(), nodes })
     }
 
     /// The ready line of one process, unless another dies meanwhile.
     async fn ready_of(&mut self, index: usize) -> Result<Ready, CliError> {
-        let (before, rest) = self.processes.split_at_mut(index);
-        let ((_, process), after) = rest.split_first_mut().expect("an index of a process");
-        let others = before.iter().chain(after.iter()).map(|(_, p)| p);
+        let (before, rest) = self.nodes.split_at_mut(index);
+        let (node, after) = rest.split_first_mut().expect("an index of a node");
+        let others = before.iter().chain(after.iter()).map(Node::process);
         tokio::select! {
-            ready = process.ready() => ready,
+            ready = node.process.ready() => ready,
             error = first_death(others) => Err(error),
         }
     }
@@ -263,7 +326,7 @@ impl Mesh {
         };
         tokio::select! {
             served = poll => served,
-            error = first_death(self.processes.iter().map(|(_, p)| p)) => Err(error),
+            error = first_death(self.nodes.iter().map(Node::process)) => Err(error),
         }
     }
 
@@ -272,8 +335,8 @@ impl Mesh {
         let Ok(mut client) = Client::connect(&self.grpc).await else { return "the router".to_owned() };
         let Ok(StatusResponse { nodes, view, .. }) = client.status().await else { return "the router".to_owned() };
         let known = |pid| nodes.iter().any(|n| n.pid == pid);
-        let nodes = self.processes.iter().filter(|(group, p)| *group != Group::Router && !known(p.pid()));
-        let missing: Vec<&str> = nodes.map(|(_, p)| p.name()).collect();
+        let unknown = self.nodes.iter().filter(|n| n.group != Group::Router && !known(n.process.pid()));
+        let missing: Vec<&str> = unknown.map(|n| n.process.name()).collect();
         if missing.is_empty() { format!("the view after {view}") } else { missing.join(", ") }
     }
 
@@ -284,19 +347,19 @@ impl Mesh {
 
     /// Every process's name and pid.
     pub fn pids(&self) -> Vec<(String, u32)> {
-        self.processes.iter().map(|(_, p)| (p.name().to_owned(), p.pid())).collect()
+        self.nodes.iter().map(|n| (n.process.name().to_owned(), n.process.pid())).collect()
     }
 
     /// Waits until a process that has not been told of ends; the mesh goes on without it.
     pub async fn next_death(&self, told: &[String]) -> CliError {
-        first_death(self.processes.iter().map(|(_, p)| p).filter(|p| !told.iter().any(|t| t == p.name()))).await
+        first_death(self.nodes.iter().map(Node::process).filter(|p| !told.iter().any(|t| t == p.name()))).await
     }
 
     /// Prints a process's last log lines.
     pub fn show_tail(&self, name: &str) {
-        for (_, process) in self.processes.iter().filter(|(_, p)| p.name() == name) {
+        for node in self.nodes.iter().filter(|n| n.process.name() == name) {
             eprintln!("last log lines of {name}:");
-            process.tail().iter().for_each(|line| eprintln!("  {line}"));
+            node.process.tail().iter().for_each(|line| eprintln!("  {line}"));
         }
     }
 
@@ -305,9 +368,9 @@ impl Mesh {
     pub async fn stop(self) -> Vec<String> {
         let mut killed = Vec::new();
         for stopping in Group::IN_STOP_ORDER {
-            let group: Vec<&Process> = self.processes.iter().filter(|(g, _)| *g == stopping).map(|(_, p)| p).collect();
+            let group: Vec<&Process> = self.nodes.iter().filter(|n| n.group == stopping).map(Node::process).collect();
             group.iter().for_each(|p| p.signal(Signal::Term));
-            let deadline = Instant::now() + self.grace;
+            let deadline = Instant::now() + self.launcher.args.grace;
             for process in group {
                 if timeout_at(deadline, process.wait()).await.is_err() {
                     killed.push(process.name().to_owned());
@@ -320,9 +383,9 @@ impl Mesh {
 
     /// Kills every process at once.
     pub async fn kill(self) {
-        self.processes.iter().for_each(|(_, p)| p.signal(Signal::Kill));
-        for (_, process) in &self.processes {
-            kill_one(process).await;
+        self.nodes.iter().for_each(|n| n.process.signal(Signal::Kill));
+        for node in &self.nodes {
+            kill_one(&node.process).await;
         }
     }
 }
@@ -376,7 +439,7 @@ mod tests {
     #[test]
     fn the_router_waits_for_all_nodes_and_nodes_get_their_slots() {
         let args = up(&["--grpc", "127.0.0.1:0", "--dtype", "f32", "--prefill-chunk", "7"]);
-        let router = router_args(&args);
+        let router = router_args(&args, "127.0.0.1:0");
         assert_eq!((value(&router, "--attention-min"), value(&router, "--experts-min")), (Some("2"), Some("3")));
         let attention = node_args(&args, "127.0.0.1:9", Group::Attention, 1);
         assert_eq!((value(&attention, "--slot"), value(&attention, "--prefill-chunk")), (Some("1"), Some("7")));

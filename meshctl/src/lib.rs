@@ -10,6 +10,7 @@
 //! - [`client`]: the gRPC connection and its errors in words
 //! - [`up`], [`generate`], [`status`], [`operate`], [`doctor`], [`demo`]: the commands
 //! - [`mod@bench`]: the load tester for a running mesh
+//! - [`drill`]: fault drills: a mesh disturbed by a plan under load
 //! - [`probe`]: native libraries opened at run time, for `doctor`
 //! - [`volume`]: the all-to-all arithmetic that `demo` prints beside what it measured
 
@@ -20,6 +21,7 @@ pub mod cli;
 pub mod client;
 pub mod demo;
 pub mod doctor;
+pub mod drill;
 pub mod exit;
 pub mod generate;
 pub mod launch;
@@ -50,5 +52,6 @@ pub async fn run(cli: Cli) -> Result<Exit, CliError> {
         Command::Doctor(args) => doctor::run(&args).await,
         Command::Demo(args) => demo::run(args).await,
         Command::Bench(args) => bench::run(args).await,
+        Command::Drill(args) => drill::run(args).await,
     }
 }

@@ -39,6 +39,10 @@ pub enum Signal {
     Term,
     /// Stop.
     Kill,
+    /// Halt, without being asked and without ending.
+    Halt,
+    /// Go on after [`Signal::Halt`].
+    Continue,
 }
 
 /// Sends a signal to a child. The caller has not reaped it yet, so the pid is still its own.
@@ -49,6 +53,8 @@ pub fn signal(pid: u32, signal: Signal) -> io::Result<()> {
     let number = match signal {
         Signal::Term => libc::SIGTERM,
         Signal::Kill => libc::SIGKILL,
+        Signal::Halt => libc::SIGSTOP,
+        Signal::Continue => libc::SIGCONT,
     };
     let pid = libc::pid_t::try_from(pid).map_err(|_| io::Error::from_raw_os_error(libc::ESRCH))?;
     // SAFETY: kill takes two integers and touches no memory of ours.

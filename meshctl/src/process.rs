@@ -4,6 +4,7 @@ use std::collections::VecDeque;
 use std::path::Path;
 use std::process::{ExitStatus, Stdio};
 use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Instant;
 
 use serde::Deserialize;
 use tokio::io::{AsyncBufReadExt, AsyncRead, BufReader};
@@ -39,6 +40,15 @@ pub struct Ready {
     pub addr: String,
 }
 
+/// How a process ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct End {
+    /// Its exit code or the signal that ended it.
+    pub status: ExitStatus,
+    /// When it was gone.
+    pub at: Instant,
+}
+
 /// What is done with each log line of a child.
 pub type LogSink = Arc<dyn Fn(&str, &str) + Send + Sync>;
 
@@ -47,23 +57,30 @@ pub type LogSink = Arc<dyn Fn(&str, &str) + Send + Sync>;
 pub struct Process {
     name: String,
     pid: u32,
-    ended: watch::Receiver<Option<ExitStatus>>,
+    ended: watch::Receiver<Option<End>>,
     signals: mpsc::Sender<Signal>,
     tail: Arc<Mutex<VecDeque<String>>>,
     ready: Option<oneshot::Receiver<String>>,
 }
 
 impl Process {
-    /// Starts `binary` with `args`; it dies with this process.
+    /// Starts `binary` with `args`, and with `env` beside this process's environment; it dies with this process.
     ///
     /// # Errors
     /// [`CliError::NoBinary`] and [`CliError::Spawn`].
-    pub fn spawn(name: &str, binary: &Path, args: &[String], log: LogSink) -> Result<Self, CliError> {
+    pub fn spawn(
+        name: &str,
+        binary: &Path,
+        args: &[String],
+        env: &[(String, String)],
+        log: LogSink,
+    ) -> Result<Self, CliError> {
         if !binary.is_file() {
             return Err(CliError::NoBinary { path: binary.to_owned() });
         }
         let mut command = Command::new(binary);
-        command.args(args).stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
+        command.args(args).envs(env.iter().cloned());
+        command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
         os::tie_to_parent(&mut command);
         let failed = |source| CliError::Spawn { what: name.to_owned(), source };
         let mut child = command.spawn().map_err(failed)?;
@@ -80,11 +97,12 @@ impl Process {
         let (signals, signals_rx) = mpsc::channel(SIGNALS_MAX);
         tokio::spawn(async move {
             let status = supervise(child, signals_rx).await;
+            let end = End { status, at: Instant::now() };
             // What it said last is read before its end is told, so that the tail is whole.
             for reader in [out, err].into_iter().flatten() {
                 let _ = reader.await;
             }
-            ended_tx.send_replace(Some(status));
+            ended_tx.send_replace(Some(end));
         });
         Ok(Self { name: name.to_owned(), pid, ended, signals, tail, ready: Some(ready) })
     }
@@ -100,7 +118,7 @@ impl Process {
     }
 
     /// How it ended, if it has.
-    pub fn ended(&self) -> Option<ExitStatus> {
+    pub fn ended(&self) -> Option<End> {
         *self.ended.borrow()
     }
 
@@ -112,12 +130,12 @@ impl Process {
     /// Waits for its end.
     pub async fn wait(&self) -> ExitStatus {
         let mut ended = self.ended.clone();
-        let status = match ended.wait_for(Option::is_some).await {
-            Ok(status) => *status,
+        let end = match ended.wait_for(Option::is_some).await {
+            Ok(end) => *end,
             // The supervisor went with the runtime; the child goes with it (kill_on_drop).
             Err(_) => None,
         };
-        status.unwrap_or_default()
+        end.map(|end| end.status).unwrap_or_default()
     }
 
     /// Waits for its ready line.
@@ -233,7 +251,8 @@ mod tests {
 
     fn shell(script: &str) -> Process {
         let args = ["-c".to_owned(), script.to_owned()];
-        Process::spawn("child", Path::new("/bin/sh"), &args, Arc::new(|_, _| ())).unwrap()
+        let env = [("GIVEN".to_owned(), "by env".to_owned())];
+        Process::spawn("child", Path::new("/bin/sh"), &args, &env, Arc::new(|_, _| ())).unwrap()
     }
 
     async fn soon<T>(future: impl Future<Output = T>) -> T {
@@ -271,6 +290,20 @@ mod tests {
     }
 
     #[tokio::test]
+    async fn a_halted_child_does_nothing_until_it_is_told_to_go_on() {
+        let mut child = shell("echo '{\"ready\":\"x\"}'; sleep 0.3; echo $GIVEN; exit 3");
+        soon(child.ready()).await.unwrap();
+        child.signal(Signal::Halt);
+        let early = tokio::time::timeout(Duration::from_millis(900), child.wait()).await;
+        assert!(early.is_err() && child.ended().is_none(), "{early:?}");
+        let told = Instant::now();
+        child.signal(Signal::Continue);
+        assert_eq!(soon(child.wait()).await.code(), Some(3));
+        assert!(child.ended().is_some_and(|end| end.at >= told));
+        assert_eq!(child.tail(), ["by env"]);
+    }
+
+    #[tokio::test]
     async fn a_dropped_child_is_killed() {
         let child = shell("exec sleep 600");
         let (pid, mut ended) = (child.pid(), child.ended.clone());
@@ -289,7 +322,8 @@ mod tests {
 
     #[tokio::test]
     async fn a_missing_binary_is_named() {
-        let error = Process::spawn("router", Path::new("/nowhere/router-svc"), &[], Arc::new(|_, _| ())).unwrap_err();
+        let missing = Path::new("/nowhere/router-svc");
+        let error = Process::spawn("router", missing, &[], &[], Arc::new(|_, _| ())).unwrap_err();
         assert!(error.to_string().contains("/nowhere/router-svc"), "{error}");
     }
 }

@@ -3,6 +3,7 @@
 mod bad_frames;
 mod bad_input;
 mod dependencies;
+mod drills;
 mod goldens;
 mod invariance;
 mod processes;

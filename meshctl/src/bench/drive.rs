@@ -9,7 +9,7 @@ use mesh_proto::{Code, MeshError};
 use serde::Serialize;
 use tokio::sync::Semaphore;
 use tokio::task::JoinSet;
-use tokio::time::{sleep_until, timeout_at};
+use tokio::time::{sleep, sleep_until, timeout_at};
 
 use super::args::{Bounds, Load};
 use super::arrivals::{Pacer, Poisson};
@@ -20,7 +20,7 @@ use crate::exit::CliError;
 
 /// Streams of one HTTP/2 connection: half of what servers of this kind allow, so that none queues in the client.
 const STREAMS_PER_CONNECTION: u32 = 100;
-/// How long a closed loop's stream waits after a failure: a mesh that refuses at once must not be hammered.
+/// How long a closed loop's stream waits after a failure, and a retry before it: a mesh that refuses at once must not be hammered.
 const FAILURE_PAUSE: Duration = Duration::from_millis(50);
 
 /// Why a load point ended.
@@ -77,6 +77,26 @@ impl Drop for Lent {
     }
 }
 
+/// How many requests a closed loop issues; may be lowered while it runs, which then ends it.
+#[derive(Clone, Debug)]
+pub struct Limit(Arc<AtomicU64>);
+
+impl Limit {
+    /// This many.
+    pub fn new(requests: u64) -> Self {
+        Self(Arc::new(AtomicU64::new(requests)))
+    }
+
+    /// From now on this many; what is in flight goes on to its end.
+    pub fn lower(&self, requests: u64) {
+        self.0.fetch_min(requests, Ordering::Relaxed);
+    }
+
+    fn get(&self) -> u64 {
+        self.0.load(Ordering::Relaxed)
+    }
+}
+
 /// One load point to run.
 #[derive(Clone, Debug)]
 pub struct Point {
@@ -86,6 +106,10 @@ pub struct Point {
     pub load: Load,
     /// Where it ends.
     pub bounds: Bounds,
+    /// Where a closed loop ends earlier.
+    pub limit: Limit,
+    /// Whether what was unavailable is asked for again, until its timeout.
+    pub retry: bool,
     /// What is asked.
     pub workload: Arc<Workload>,
     /// Whom.
@@ -117,19 +141,19 @@ impl Point {
     async fn issue(&self, tasks: &mut JoinSet<()>, issued: &Arc<AtomicU64>) -> Result<EndedBy, CliError> {
         match self.load {
             Load::Closed(streams) => {
-                for _ in 0..streams {
-                    tasks.spawn(self.clone().stream(issued.clone()));
+                for number in 0..streams {
+                    tasks.spawn(self.clone().stream(number, issued.clone()));
                 }
             }
             Load::Open(rate) => self.issue_at(rate, tasks, issued).await?,
         }
         while tasks.join_next().await.is_some() {}
-        let all = issued.load(Ordering::Relaxed) >= self.bounds.requests;
+        let all = issued.load(Ordering::Relaxed) >= self.bounds.requests.min(self.limit.get());
         Ok(if all { EndedBy::Requests } else { EndedBy::Duration })
     }
 
     /// One stream of a closed loop: a request is due when the one before it is over.
-    async fn stream(self, issued: Arc<AtomicU64>) {
+    async fn stream(self, number: u32, issued: Arc<AtomicU64>) {
         let end = self.recorder.start() + self.bounds.duration;
         loop {
             let now = Instant::now();
@@ -138,11 +162,12 @@ impl Point {
             }
             // Only this thread counts, so the check and the step cannot be parted.
             let index = issued.load(Ordering::Relaxed);
-            if index >= self.bounds.requests {
+            if index >= self.bounds.requests.min(self.limit.get()) {
                 return;
             }
             issued.store(index + 1, Ordering::Relaxed);
-            if !self.request(index, now).await {
+            let open = self.recorder.open(index, now).on_stream(number);
+            if !self.send(open, index, now + self.bounds.timeout).await {
                 sleep_until((Instant::now() + FAILURE_PAUSE).min(end).into()).await;
             }
         }
@@ -178,13 +203,9 @@ impl Point {
         }
     }
 
-    /// A request that is due now. Whether it succeeded.
-    async fn request(&self, index: u64, now: Instant) -> bool {
-        self.send(self.recorder.open(index, now), index, now + self.bounds.timeout).await
-    }
-
+    /// Sends a request that is due. Whether it succeeded.
     async fn send(&self, mut open: OpenRecord, index: u64, deadline: Instant) -> bool {
-        let outcome = timeout_at(deadline.into(), self.converse(&mut open, index, deadline)).await;
+        let outcome = timeout_at(deadline.into(), self.attempts(&mut open, index, deadline)).await;
         let outcome = outcome.unwrap_or_else(|_| {
             let why = format!("no end within {:?}", self.bounds.timeout);
             Err((Failure::Mesh(Code::Deadline), why))
@@ -197,6 +218,17 @@ impl Point {
             }
         }
         true
+    }
+
+    /// Sends a request, again and again where that is wanted and may help; its timeout bounds them.
+    async fn attempts(&self, open: &mut OpenRecord, index: u64, deadline: Instant) -> Result<(), (Failure, String)> {
+        loop {
+            match self.converse(open, index, deadline).await {
+                Err((failure, _)) if self.retry && failure.is_unavailable() => open.again(),
+                outcome => return outcome,
+            }
+            sleep(FAILURE_PAUSE).await;
+        }
     }
 
     /// Sends a request and follows its answer to the end.
@@ -214,7 +246,7 @@ impl Point {
         while let Some(message) = messages.message().await.map_err(|status| failed(&status))? {
             match message.event {
                 Some(Event::Started(started)) => open.started(started.prompt_tokens),
-                Some(Event::Tokens(tokens)) => open.tokens(u32::try_from(tokens.tokens.len()).unwrap_or(u32::MAX)),
+                Some(Event::Tokens(tokens)) => open.tokens(&tokens.tokens),
                 Some(Event::Finished(finished)) => made = Some(finished.completion_tokens),
                 None => (),
             }

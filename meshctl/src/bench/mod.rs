@@ -41,11 +41,12 @@ use std::time::{Instant, SystemTime, UNIX_EPOCH};
 
 use indicatif::{ProgressBar, ProgressStyle};
 use mesh_proto::v1::StatusResponse;
+use serde_json::Value;
 
 pub use args::BenchArgs;
 use args::{Bounds, Load};
 use counters::Counters;
-use drive::{EndedBy, Point, Pool};
+use drive::{EndedBy, Limit, Point, Pool};
 pub use error::BenchError;
 use host::{Machine, MeshProcesses};
 use profile::Profile;
@@ -164,7 +165,8 @@ impl Bench {
 
     fn drive(&self, number: u64, load: Load, bounds: Bounds, recorder: Recorder) -> Point {
         let (workload, pool) = (self.workload.clone(), self.pool.clone());
-        Point { number, load, bounds, workload, pool, recorder, seed: self.args.seed }
+        let limit = Limit::new(bounds.requests);
+        Point { number, load, bounds, limit, retry: false, workload, pool, recorder, seed: self.args.seed }
     }
 
     /// One load point with the mesh's counters and processor time around it.
@@ -226,7 +228,7 @@ fn expected(load: Load, bounds: &Bounds) -> u64 {
 }
 
 /// A bar on stderr where stderr is a terminal, nothing otherwise.
-fn bar(what: &str, requests: u64) -> ProgressBar {
+pub(crate) fn bar(what: &str, requests: u64) -> ProgressBar {
     let bar = ProgressBar::new(requests);
     if let Ok(style) = ProgressStyle::with_template("{msg} [{bar:30}] {pos}/{len} {elapsed}, {eta} left") {
         bar.set_style(style.progress_chars("=> "));
@@ -237,25 +239,34 @@ fn bar(what: &str, requests: u64) -> ProgressBar {
 
 /// The table, and the files that were asked for.
 fn write(report: &Report) -> Result<(), CliError> {
-    let to_stdout = report.args.json.as_deref() == Some(Path::new("-"));
-    let table = table::to_text(report);
-    if to_stdout {
-        eprint!("{table}");
-        show(&format!("{}\n", report.to_json()))?;
-    } else {
-        show(&table)?;
+    put(&table::to_text(report), report.args.json.as_deref().map(|path| (path, report.to_json())))?;
+    match &report.args.svg {
+        Some(path) => save(path, chart::draw(report)),
+        None => Ok(()),
     }
-    // The table first: a file that cannot be written must not lose the measurement.
-    let save = |path: &Path, text: String| {
-        std::fs::write(path, text).map_err(|source| BenchError::Output { path: path.to_owned(), source })
-    };
-    if let Some(path) = report.args.json.as_deref().filter(|_| !to_stdout) {
-        save(path, format!("{:#}\n", report.to_json()))?;
+}
+
+/// Prints a table, and writes the same as JSON where that is wanted: `-` is stdout, and moves the table to stderr.
+///
+/// # Errors
+/// [`BenchError::Output`], and [`CliError::Os`] when stdout is closed.
+pub(crate) fn put(table: &str, json: Option<(&Path, Value)>) -> Result<(), CliError> {
+    match json {
+        Some((path, json)) if path == Path::new("-") => {
+            eprint!("{table}");
+            show(&format!("{json}\n"))
+        }
+        // The table first: a file that cannot be written must not lose the measurement.
+        Some((path, json)) => {
+            show(table)?;
+            save(path, format!("{json:#}\n"))
+        }
+        None => show(table),
     }
-    if let Some(path) = &report.args.svg {
-        save(path, chart::draw(report))?;
-    }
-    Ok(())
+}
+
+fn save(path: &Path, text: String) -> Result<(), CliError> {
+    std::fs::write(path, text).map_err(|source| BenchError::Output { path: path.to_owned(), source }.into())
 }
 
 /// Errors are a result like any other, unless there is no other.

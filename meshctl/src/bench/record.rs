@@ -6,6 +6,7 @@ use std::time::{Duration, Instant};
 
 use indicatif::ProgressBar;
 use mesh_proto::Code;
+use mesh_proto::v1::Token;
 use serde::Serialize;
 
 use super::stats::Histogram;
@@ -35,6 +36,11 @@ impl Failure {
             Failure::WrongLength => "WRONG_LENGTH",
             Failure::Unfinished => "UNFINISHED",
         }
+    }
+
+    /// Whether the mesh could not serve just then, so that the same request may succeed later.
+    pub fn is_unavailable(self) -> bool {
+        matches!(self, Failure::Connection | Failure::Mesh(Code::NotServing | Code::NodeLost))
     }
 }
 
@@ -93,11 +99,26 @@ pub struct Errors {
     pub first: String,
 }
 
+/// What came of one request, token by token.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Trace {
+    /// The closed loop's stream that sent it.
+    pub stream: u32,
+    /// The ids of each attempt, the last one's last; there is more than one where unavailable answers are asked again.
+    pub attempts: Vec<Vec<u32>>,
+    /// When the first token of this number came, in whichever attempt: what a client that resumes would have seen.
+    pub arrivals: Vec<Duration>,
+    /// What the mesh said, if it failed.
+    pub why: String,
+}
+
 /// Everything kept of a load point.
 #[derive(Debug)]
 pub struct Kept {
     /// One for each request, in the order of their ends.
     pub records: Vec<Record>,
+    /// One beside each record, from a recorder that traces.
+    pub traces: Vec<Trace>,
     /// Times between the arrivals of one request's tokens.
     pub gaps: Histogram,
     /// Failures by code.
@@ -110,13 +131,24 @@ pub struct Recorder {
     start: Instant,
     kept: Arc<Mutex<Kept>>,
     bar: ProgressBar,
+    traces: bool,
+}
+
+impl Kept {
+    fn nothing() -> Self {
+        Self { records: Vec::new(), traces: Vec::new(), gaps: Histogram::default(), errors: BTreeMap::new() }
+    }
 }
 
 impl Recorder {
     /// An empty one; `bar` moves by one for each request that ends.
     pub fn new(start: Instant, bar: ProgressBar) -> Self {
-        let kept = Kept { records: Vec::new(), gaps: Histogram::default(), errors: BTreeMap::new() };
-        Self { start, kept: Arc::new(Mutex::new(kept)), bar }
+        Self { start, kept: Arc::new(Mutex::new(Kept::nothing())), bar, traces: false }
+    }
+
+    /// One that keeps every token and when it came.
+    pub fn tracing(start: Instant, bar: ProgressBar) -> Self {
+        Self { traces: true, ..Self::new(start, bar) }
     }
 
     /// What times count from.
@@ -138,7 +170,9 @@ impl Recorder {
             tokens: 0,
             failure: Some(Failure::Unfinished),
         };
-        OpenRecord { recorder: self.clone(), record, why: "the load test was ended before the request".to_owned() }
+        let trace = self.traces.then(|| Trace { attempts: vec![Vec::new()], ..Trace::default() });
+        let why = "the load test was ended before the request".to_owned();
+        OpenRecord { recorder: self.clone(), record, trace, why }
     }
 
     /// A poisoned lock means that a request's task panicked between two plain stores; what is kept is whole.
@@ -148,8 +182,7 @@ impl Recorder {
 
     /// What has been kept, leaving nothing.
     pub fn take(&self) -> Kept {
-        let empty = Kept { records: Vec::new(), gaps: Histogram::default(), errors: BTreeMap::new() };
-        std::mem::replace(&mut *self.lock(), empty)
+        std::mem::replace(&mut *self.lock(), Kept::nothing())
     }
 }
 
@@ -158,6 +191,7 @@ impl Recorder {
 pub struct OpenRecord {
     recorder: Recorder,
     record: Record,
+    trace: Option<Trace>,
     why: String,
 }
 
@@ -166,9 +200,25 @@ impl OpenRecord {
         self.recorder.start.elapsed()
     }
 
+    /// It is sent by this stream of a closed loop.
+    pub fn on_stream(mut self, stream: u32) -> Self {
+        if let Some(trace) = &mut self.trace {
+            trace.stream = stream;
+        }
+        self
+    }
+
     /// It is being sent.
     pub fn sent(&mut self) {
-        self.record.sent = Some(self.now());
+        self.record.sent.get_or_insert(self.recorder.start.elapsed());
+    }
+
+    /// It is going to be sent again: what it got so far was for nothing.
+    pub fn again(&mut self) {
+        self.record.tokens = 0;
+        if let Some(trace) = &mut self.trace {
+            trace.attempts.push(Vec::new());
+        }
     }
 
     /// The mesh took it.
@@ -176,12 +226,19 @@ impl OpenRecord {
         self.record.prompt_tokens = prompt_tokens;
     }
 
-    /// `count` tokens came together: the first of them after a gap, the others after none.
-    pub fn tokens(&mut self, count: u32) {
-        if count == 0 {
+    /// Tokens came together: the first of them after a gap, the others after none.
+    pub fn tokens(&mut self, tokens: &[Token]) {
+        if tokens.is_empty() {
             return;
         }
         let now = self.now();
+        if let Some(trace) = &mut self.trace
+            && let Some(ids) = trace.attempts.last_mut()
+        {
+            ids.extend(tokens.iter().map(|token| token.id));
+            trace.arrivals.resize(trace.arrivals.len().max(ids.len()), now);
+        }
+        let count = u32::try_from(tokens.len()).unwrap_or(u32::MAX);
         let record = &mut self.record;
         let mut kept = self.recorder.lock();
         match record.last {
@@ -215,6 +272,12 @@ impl Drop for OpenRecord {
         self.record.end = self.now();
         let mut kept = self.recorder.lock();
         kept.records.push(self.record);
+        if let Some(mut trace) = self.trace.take() {
+            if self.record.failure.is_some() {
+                trace.why.clone_from(&self.why);
+            }
+            kept.traces.push(trace);
+        }
         if let Some(failure) = self.record.failure {
             let errors = kept.errors.entry(failure.code()).or_default();
             errors.count += 1;
@@ -254,15 +317,38 @@ mod tests {
     fn tokens_that_come_together_are_gaps_of_nothing_between_them() {
         let recorder = recorder();
         let mut open = recorder.open(0, recorder.start());
-        open.tokens(0);
-        open.tokens(2);
-        open.tokens(3);
+        open.tokens(&[]);
+        open.tokens(&vec![Token::default(); 2]);
+        open.tokens(&vec![Token::default(); 3]);
         assert_eq!(open.received(), 5);
         open.complete();
         let kept = recorder.take();
         assert_eq!(kept.gaps.summary().unwrap().count, 4, "one less than tokens");
         let record = kept.records[0];
         assert!(record.first < record.last && record.tokens == 5);
+    }
+
+    #[test]
+    fn a_trace_has_every_attempt_and_the_first_coming_of_each_token() {
+        let ids = |ids: &[u32]| ids.iter().map(|&id| Token { id, ..Token::default() }).collect::<Vec<_>>();
+        let recorder = Recorder::tracing(Instant::now(), ProgressBar::hidden());
+        let mut open = recorder.open(0, recorder.start()).on_stream(3);
+        open.sent();
+        open.tokens(&ids(&[7]));
+        open.tokens(&ids(&[8]));
+        open.again();
+        assert_eq!(open.received(), 0);
+        open.tokens(&ids(&[7]));
+        open.tokens(&ids(&[8, 9]));
+        open.complete();
+        recorder.open(1, recorder.start()).fail(Failure::StreamCut, "cut");
+        let kept = recorder.take();
+        let trace = &kept.traces[0];
+        assert_eq!((trace.stream, trace.why.as_str()), (3, ""));
+        assert_eq!(trace.attempts, [vec![7, 8], vec![7, 8, 9]]);
+        assert_eq!((trace.arrivals.len(), kept.records[0].tokens), (3, 3));
+        assert!(trace.arrivals.is_sorted() && trace.arrivals[1] < trace.arrivals[2], "{trace:?}");
+        assert_eq!((kept.traces[1].why.as_str(), &kept.traces[1].attempts), ("cut", &vec![vec![]]));
     }
 
     #[test]

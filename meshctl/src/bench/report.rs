@@ -147,7 +147,7 @@ fn ms(duration: Duration) -> f64 {
 impl PointReport {
     /// Computes everything from what was kept.
     pub fn new(load: Load, ended_by: EndedBy, kept: Kept, slo: Slo, per_request: bool) -> Self {
-        let Kept { mut records, gaps, errors } = kept;
+        let Kept { mut records, gaps, errors, .. } = kept;
         records.sort_unstable_by_key(|record| record.index);
         let complete: Vec<&Record> = records.iter().filter(|r| r.failure.is_none()).collect();
         let elapsed_s = records.iter().map(|r| r.end).max().unwrap_or_default().as_secs_f64();
@@ -309,7 +309,7 @@ mod tests {
     }
 
     fn point(records: Vec<Record>, slo: Slo) -> PointReport {
-        let kept = Kept { records, gaps: Histogram::default(), errors: BTreeMap::new() };
+        let kept = Kept { records, traces: Vec::new(), gaps: Histogram::default(), errors: BTreeMap::new() };
         PointReport::new(Load::Open(2.0), EndedBy::Requests, kept, slo, true)
     }
 

@@ -11,7 +11,7 @@ use mesh_proto::Code;
 
 use super::args::Load;
 use super::arrivals::Poisson;
-use super::drive::{EndedBy, Point, Pool};
+use super::drive::{EndedBy, Limit, Point, Pool};
 use super::fake::{Fate, Script, serve};
 use super::record::{Record, Recorder};
 use super::report::{PointReport, Report};
@@ -189,6 +189,8 @@ async fn an_early_end_keeps_what_was_measured_and_counts_what_was_not() {
         number: 0,
         load,
         bounds: args.bounds(load),
+        limit: Limit::new(100),
+        retry: false,
         workload: Arc::new(workload),
         pool: Pool::connect(&addr.to_string(), 2).await.unwrap(),
         recorder: recorder.clone(),
@@ -207,6 +209,38 @@ async fn an_early_end_keeps_what_was_measured_and_counts_what_was_not() {
     let complete = |r: &&Record| r.failure.is_none();
     assert_eq!((kept.records.len(), kept.records.iter().filter(complete).count()), (5, 3));
     assert_eq!(kept.errors["UNFINISHED"].count, 2);
+}
+
+#[tokio::test]
+async fn what_was_unavailable_is_sent_again_where_that_is_wanted_and_a_lowered_limit_ends_the_load() {
+    // Every other request is refused, so that each is answered at its second sending at the latest.
+    let fate = |n| if n % 2 == 0 { Fate::Refuse(Code::NodeLost) } else { Fate::Answer };
+    let addr = serve(Script { fate, first: ms(1), each: ms(1), ..Script::default() }).to_string();
+    let args = args(&addr, &["--output-tokens", "2", "--duration", "60"]);
+    let model = Client::connect(&addr).await.unwrap().status().await.unwrap().model.unwrap();
+    let workload = Workload::new(&args, &model, None, &mut Client::connect(&addr).await.unwrap()).await.unwrap();
+    let recorder = Recorder::tracing(Instant::now(), ProgressBar::hidden());
+    let load = Load::Closed(1);
+    let point = Point {
+        number: 0,
+        load,
+        bounds: args.bounds(load),
+        limit: Limit::new(u64::MAX),
+        retry: true,
+        workload: Arc::new(workload),
+        pool: Pool::connect(&addr, 1).await.unwrap(),
+        recorder: recorder.clone(),
+        seed: 0,
+    };
+    let limit = point.limit.clone();
+    let (ended, ()) = tokio::join!(point.run(std::future::pending()), async {
+        tokio::time::sleep(ms(300)).await;
+        limit.lower(1);
+    });
+    assert_eq!(ended.unwrap(), EndedBy::Requests);
+    let kept = recorder.take();
+    assert!(kept.records.len() > 1 && kept.records.iter().all(|r| r.failure.is_none()), "{:?}", kept.errors);
+    assert!(kept.traces.iter().all(|t| t.attempts.len() == 2 && t.arrivals.len() == 2), "{:?}", kept.traces);
 }
 
 #[tokio::test]

@@ -4,7 +4,7 @@ use std::path::PathBuf;
 
 use mesh_proto::v1::generate_request::Prompt;
 use mesh_proto::v1::generate_response::Event;
-use mesh_proto::v1::{GenerateRequest, ModelInfo, TokenIds};
+use mesh_proto::v1::{GenerateRequest, ModelInfo, Sampling, TokenIds};
 
 use super::args::BenchArgs;
 use super::dataset::{Dataset, Pair};
@@ -23,6 +23,7 @@ const CONTEXT_SHARE: f64 = 0.8;
 /// The seed's branches.
 const LENGTHS: u64 = u64::from_be_bytes(*b"lengths ");
 const PROMPTS: u64 = u64::from_be_bytes(*b"prompts ");
+const SAMPLING: u64 = u64::from_be_bytes(*b"sampling");
 
 #[derive(Debug)]
 enum Source {
@@ -41,6 +42,33 @@ pub struct Workload {
     vocab: u32,
     seed: u64,
     ignore_eos: bool,
+    sampled: Option<Sampled>,
+    /// Requests repeat after this many.
+    period: u64,
+}
+
+/// Requests that sample, each with a seed of its own; the others are greedy.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Sampled {
+    /// Their part of all.
+    pub share: f64,
+    /// How they sample.
+    pub temperature: f32,
+}
+
+/// Random requests of which there are only so many.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Repeating {
+    /// Lengths of the prompts.
+    pub input: Length,
+    /// Lengths of the answers.
+    pub output: Length,
+    /// Which of them sample.
+    pub sampled: Sampled,
+    /// Makes them repeatable.
+    pub seed: u64,
+    /// How many differ: request `n` is request `n + period` again.
+    pub period: u64,
 }
 
 /// A request to send and what it asks for.
@@ -76,12 +104,28 @@ impl Workload {
                 (Source::Texts { pairs, bytes_per_token }, args.output_tokens)
             }
         };
-        let input = if let Source::Ids { input } = &source { input.longest() } else { 1 };
-        let output_longest = output.map_or(1, Length::longest);
-        if input + output_longest > context {
-            return Err(BenchError::TooLong { input, output: output_longest, context }.into());
-        }
-        Ok(Self { source, output, context, vocab, seed: args.seed, ignore_eos: !args.stop_at_eos })
+        let (seed, ignore_eos) = (args.seed, !args.stop_at_eos);
+        let load = Self { source, output, context, vocab, seed, ignore_eos, sampled: None, period: u64::MAX };
+        Ok(load.fitting()?)
+    }
+
+    /// Requests that come again, of exact lengths.
+    ///
+    /// # Errors
+    /// [`BenchError::TooLong`] when lengths and context do not fit.
+    pub fn repeating(asked: Repeating, model: &ModelInfo) -> Result<Self, BenchError> {
+        let ModelInfo { context, vocab, .. } = *model;
+        let Repeating { input, output, sampled, seed, period } = asked;
+        let (source, output) = (Source::Ids { input }, Some(output));
+        let sampled = Some(sampled);
+        Self { source, output, context, vocab, seed, ignore_eos: true, sampled, period }.fitting()
+    }
+
+    fn fitting(self) -> Result<Self, BenchError> {
+        let input = if let Source::Ids { input } = &self.source { input.longest() } else { 1 };
+        let output = self.output.map_or(1, Length::longest);
+        let context = self.context;
+        if input + output > context { Err(BenchError::TooLong { input, output, context }) } else { Ok(self) }
     }
 
     /// Bytes of one token, where prompts are texts.
@@ -95,6 +139,7 @@ impl Workload {
     /// Request `index` of load point `point`. Lengths depend on the index alone, so that points of a sweep compare;
     /// random prompts on both, so that no point meets a prompt again.
     pub fn ask(&self, point: u64, index: u64) -> Ask {
+        let index = index % self.period.max(1);
         let mut lengths = Random::new(self.seed, &[LENGTHS, index]);
         let (prompt, output) = match &self.source {
             Source::Ids { input } => {
@@ -116,10 +161,17 @@ impl Workload {
         let request = GenerateRequest {
             prompt: Some(prompt),
             max_new_tokens: Some(output),
+            sampling: self.sampling(index),
             ignore_eos: self.ignore_eos,
             ..GenerateRequest::default()
         };
         Ask { request, output }
+    }
+
+    fn sampling(&self, index: u64) -> Option<Sampling> {
+        let mut random = Random::new(self.seed, &[SAMPLING, index]);
+        let sampled = self.sampled.filter(|sampled| random.unit() <= sampled.share)?;
+        Some(Sampling { temperature: Some(sampled.temperature), seed: Some(random.bits()), ..Sampling::default() })
     }
 
     /// Whether every answer must have the length that was asked for.
@@ -189,6 +241,8 @@ mod tests {
             vocab: 50,
             seed: 1,
             ignore_eos: true,
+            sampled: None,
+            period: u64::MAX,
         }
     }
 
@@ -222,6 +276,25 @@ mod tests {
             assert!(ids(&ask).len() + ask.output as usize <= 100 && ask.output >= 1);
             assert!(ask.request.ignore_eos && ask.request.max_new_tokens == Some(ask.output));
         }
+    }
+
+    #[test]
+    fn repeating_requests_come_again_and_a_share_of_them_samples() {
+        let model = ModelInfo { context: 100, vocab: 50, ..ModelInfo::default() };
+        let (input, output) = ("uniform:1:40".parse().unwrap(), "uniform:1:20".parse().unwrap());
+        let asked =
+            |share| Repeating { input, output, sampled: Sampled { share, temperature: 0.8 }, seed: 3, period: 400 };
+        let load = |share| Workload::repeating(asked(share), &model).unwrap();
+        let half = load(0.5);
+        assert_eq!(half.ask(0, 7).request, half.ask(0, 407).request);
+        assert_ne!(half.ask(0, 7).request, half.ask(0, 8).request);
+        let sampled = |load: &Workload| (0..400).filter_map(|i| load.ask(0, i).request.sampling).collect::<Vec<_>>();
+        let seeds: std::collections::BTreeSet<_> = sampled(&half).iter().map(|s| s.seed).collect();
+        assert!((160..240).contains(&seeds.len()), "{}", seeds.len());
+        assert!(sampled(&half).iter().all(|s| s.temperature == Some(0.8) && s.seed.is_some()));
+        assert_eq!((sampled(&load(0.0)).len(), sampled(&load(1.0)).len()), (0, 400));
+        let long = Repeating { output: Length::Fixed(90), ..asked(0.5) };
+        assert!(matches!(Workload::repeating(long, &model), Err(BenchError::TooLong { .. })));
     }
 
     #[test]
