@@ -1,22 +1,23 @@
-//! Draining a node, as `meshctl drain NODE` does: the one place that drills ask for it.
+//! Draining a node, as `meshctl drain NODE` does.
 
-use super::error::DrillError;
-use super::step::Step;
+use std::time::Duration;
+
+use mesh_proto::v1::DrainRequest;
+
+use crate::client::{Client, failed};
 use crate::exit::CliError;
 
-/// Refuses phases that nothing can carry out, before anything is started.
-///
-/// # Errors
-/// [`DrillError::NoDrain`].
-pub fn check(steps: &[&Step]) -> Result<(), DrillError> {
-    let drains = steps.iter().any(|step| matches!(step, Step::Drain { .. }));
-    if drains { Err(DrillError::NoDrain) } else { Ok(()) }
-}
+/// How long a node may take to be handed over.
+const DRAIN_MAX: Duration = Duration::from_secs(120);
 
-/// Has `_node` give up its part in the mesh at `_grpc` and leave.
+/// Has a node give up its part in the mesh at `grpc` and leave.
 ///
 /// # Errors
-/// [`DrillError::NoDrain`]: the router knows no such call.
-pub async fn drain(_grpc: &str, _node: &str) -> Result<(), CliError> {
-    Err(DrillError::NoDrain.into())
+/// [`CliError`]: the router's, or that it cannot be reached.
+pub async fn drain(grpc: &str, node: &str) -> Result<(), CliError> {
+    let mut client = Client::connect(grpc).await?;
+    let mut request = tonic::Request::new(DrainRequest { node: node.to_owned() });
+    request.set_timeout(DRAIN_MAX);
+    client.mesh().drain(request).await.map_err(failed)?;
+    Ok(())
 }

@@ -26,9 +26,6 @@ pub enum DrillError {
         /// What is wrong with it.
         why: String,
     },
-    /// The plan drains a node, which nothing can do yet.
-    #[error("the plan drains a node, which this version of the mesh cannot do")]
-    NoDrain,
     /// The lengths do not fit the model.
     #[error("prompts of {input} and answers of {output} tokens exceed the model's context of {context}")]
     TooLong {
@@ -87,7 +84,7 @@ impl DrillError {
     /// What the process ends with.
     pub fn exit(&self) -> Exit {
         match self {
-            DrillError::NoPlan { .. } | DrillError::BadKey { .. } | DrillError::NoDrain => Exit::Usage,
+            DrillError::NoPlan { .. } | DrillError::BadKey { .. } => Exit::Usage,
             DrillError::TooLong { .. } => Exit::Usage,
             DrillError::Undisturbed { first: Failure::Mesh(code), .. } => Exit::of_code(*code),
             DrillError::Undisturbed { .. } => Exit::Unavailable,
@@ -102,7 +99,6 @@ impl DrillError {
             DrillError::NoPlan { .. } | DrillError::BadKey { .. } => {
                 "docs/OPERATING.md (Fault drills) has every key; the plans in drills/ are examples"
             }
-            DrillError::NoDrain => "leave the drain phases out",
             DrillError::TooLong { .. } => "lower prompt_tokens or output_tokens of [load]",
             DrillError::Undisturbed { .. } => "look at the nodes' logs with --verbose, or lower [load] streams",
             _ => return None,

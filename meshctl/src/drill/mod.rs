@@ -48,7 +48,6 @@ pub async fn run(args: DrillArgs) -> Result<Exit, CliError> {
     let mut plan = Plan::read(&args.plan)?;
     args.override_in(&mut plan);
     let steps = step::written_out(&plan.steps);
-    drain::check(&steps)?;
     let up = args.up(&plan)?;
     let progress = Progress::new(false);
     let log: LogSink = if args.verbose { progress.sink() } else { std::sync::Arc::new(|_, _| ()) };
