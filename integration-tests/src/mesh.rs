@@ -156,7 +156,8 @@ impl MeshBuilder {
         let ready: Value = serde_json::from_str(&line).unwrap_or_else(|e| panic!("not a JSON line ({e}): {line}"));
         let grpc = ready["grpc"].as_str().expect("the ready line names the gRPC address").to_owned();
         let client = connect(&grpc).await;
-        Ok(Mesh { child, client, grpc, ready, folder, status: None })
+        let (model, transport) = (self.model.clone(), self.transport);
+        Ok(Mesh { child, client, grpc, ready, model, transport, folder, status: None })
     }
 
     /// Starts the mesh and waits until it serves, or panics with its log.
@@ -185,6 +186,8 @@ pub struct Mesh {
     client: MeshClient<Channel>,
     grpc: String,
     ready: Value,
+    model: PathBuf,
+    transport: Transport,
     folder: TempDir,
     status: Option<ExitStatus>,
 }
@@ -287,6 +290,84 @@ impl Mesh {
             }
         })
         .await;
+    }
+}
+
+/// A node beside those that `meshctl up` started. Dropping it kills it.
+#[derive(Debug)]
+pub struct Extra {
+    child: Child,
+    lines: tokio::io::Lines<BufReader<tokio::process::ChildStdout>>,
+    folder: TempDir,
+}
+
+impl Extra {
+    /// Waits until it is registered.
+    pub async fn ready(mut self) -> Self {
+        let line = soon("a node's ready line", self.lines.next_line()).await.expect("stdout is readable");
+        assert!(line.is_some(), "the node ended: {}", self.log());
+        self
+    }
+
+    /// Its process.
+    pub fn pid(&self) -> u32 {
+        self.child.id().expect("it has not been waited for")
+    }
+
+    /// Waits for its end.
+    pub async fn end(&mut self) -> ExitStatus {
+        soon("the node's end", self.child.wait()).await.expect("its status")
+    }
+
+    /// What it logged so far.
+    pub fn log(&self) -> String {
+        read_log(&self.folder)
+    }
+}
+
+impl Mesh {
+    /// Starts a node of this mesh's model; `role` is `expert` or `attention`.
+    pub fn spawn(&self, role: &str, dtype: Dtype, args: &[&str]) -> Extra {
+        self.spawn_as(&mut Command::new(binary(&format!("{role}-svc"))), dtype, args)
+    }
+
+    /// The same with files of at most so many blocks of 512 bytes: writing more fails.
+    pub fn spawn_limited(&self, role: &str, dtype: Dtype, args: &[&str], blocks: u32) -> Extra {
+        let mut shell = Command::new("sh");
+        let limited = format!("trap '' XFSZ; ulimit -f {blocks}; exec \"$0\" \"$@\"");
+        shell.args(["-c", &limited]).arg(binary(&format!("{role}-svc")));
+        self.spawn_as(&mut shell, dtype, args)
+    }
+
+    fn spawn_as(&self, command: &mut Command, dtype: Dtype, args: &[&str]) -> Extra {
+        let folder = tempfile::tempdir().expect("a temporary folder");
+        // A pipe, for a file's length may be limited.
+        let log = std::fs::File::create(folder.path().join("log")).expect("a log file");
+        command.args(["--model", &self.model.display().to_string(), "--router", &format!("http://{}", self.grpc)]);
+        command.args(["--transport", self.transport.flag(), "--dtype", dtype.flag(), "--threads", "1"]).args(args);
+        command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(log).kill_on_drop(true);
+        let mut child = command.spawn().expect("the node starts");
+        let lines = BufReader::new(child.stdout.take().expect("stdout is piped")).lines();
+        Extra { child, lines, folder }
+    }
+
+    /// Starts a node and waits until it is registered.
+    pub async fn add(&self, role: &str, dtype: Dtype, args: &[&str]) -> Extra {
+        self.spawn(role, dtype, args).ready().await
+    }
+
+    /// Starts a node and stops it (SIGSTOP) as soon as it is a member.
+    pub async fn add_stopped(&self, role: &str, dtype: Dtype) -> Extra {
+        let node = self.add(role, dtype, &[]).await;
+        send_signal("STOP", node.pid());
+        node
+    }
+
+    /// The pids of the ready line's nodes of a role, by slot.
+    pub fn pids_of(&self, role: &str) -> Vec<u32> {
+        let nodes = self.ready["nodes"].as_array().expect("the ready line lists nodes");
+        let of_role = nodes.iter().filter(|n| n["role"] == role);
+        of_role.map(|n| u32::try_from(n["pid"].as_u64().expect("a pid")).expect("a pid")).collect()
     }
 }
 

@@ -194,6 +194,10 @@ pub struct GenerateArgs {
     /// Give up after this long.
     #[arg(long, value_name = "SECONDS", value_parser = seconds)]
     pub timeout: Option<Duration>,
+    /// When the stream breaks, as by a router that is started again, ask for the rest of it until nothing has come for this
+    /// long; the answer is the same.
+    #[arg(long, value_name = "SECONDS", default_value = "30", value_parser = seconds)]
+    pub resume_for: Duration,
     /// Print one JSON object at the end instead of streaming text.
     #[arg(long)]
     pub json: bool,

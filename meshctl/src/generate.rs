@@ -1,7 +1,9 @@
 //! `meshctl generate`: one request; text streams to stdout as it comes.
 
 use std::io::Write;
+use std::time::{Duration, Instant};
 
+use mesh_proto::Code;
 use mesh_proto::v1::generate_request::Prompt;
 use mesh_proto::v1::generate_response::Event;
 use mesh_proto::v1::{FinishReason, Finished, GenerateRequest, Sampling, Started, Token, TokenIds};
@@ -12,6 +14,9 @@ use crate::client::{Client, failed};
 use crate::exit::{CliError, Exit};
 use crate::signals::StopSignals;
 use crate::up::print_line;
+
+/// Pause before a broken stream is asked for again.
+const RESUME_PAUSE: Duration = Duration::from_millis(200);
 
 /// A token that could have been chosen.
 #[derive(Clone, Debug, PartialEq, Serialize)]
@@ -91,9 +96,20 @@ pub fn request(args: &GenerateArgs) -> GenerateRequest {
 pub async fn stream(
     client: &mut Client,
     request: tonic::Request<GenerateRequest>,
-    mut on_text: impl FnMut(&str) -> Result<(), CliError>,
+    on_text: impl FnMut(&str) -> Result<(), CliError>,
 ) -> Result<Completion, CliError> {
     let mut completion = Completion::default();
+    go_on(client, request, &mut completion, on_text).await?;
+    Ok(completion)
+}
+
+/// As [`stream`], for an answer of which `completion` has the beginning.
+async fn go_on(
+    client: &mut Client,
+    request: tonic::Request<GenerateRequest>,
+    completion: &mut Completion,
+    mut on_text: impl FnMut(&str) -> Result<(), CliError>,
+) -> Result<(), CliError> {
     let mut finished = false;
     let mut messages = client.mesh().generate(request).await.map_err(failed)?.into_inner();
     while let Some(message) = messages.message().await.map_err(failed)? {
@@ -116,7 +132,58 @@ pub async fn stream(
             None => (),
         }
     }
-    if finished { Ok(completion) } else { Err(CliError::StreamCut) }
+    if finished { Ok(()) } else { Err(CliError::StreamCut) }
+}
+
+/// Whether a request may go on once the router is back: it, not the request, is what failed.
+fn may_resume(error: &CliError) -> bool {
+    match error {
+        CliError::StreamCut | CliError::NoMesh { .. } => true,
+        CliError::Mesh(error) => matches!(error.code, Code::NotServing | Code::NodeLost),
+        _ => false,
+    }
+}
+
+/// Sends a request, and sends it again with the tokens that came whenever the stream breaks, until nothing has come for
+/// `args.resume_for`.
+async fn resuming(
+    args: &GenerateArgs,
+    mut on_text: impl FnMut(&str) -> Result<(), CliError>,
+) -> Result<Completion, CliError> {
+    let mut completion = Completion::default();
+    let until = args.timeout.map(|timeout| Instant::now() + timeout);
+    let mut broken: Option<Instant> = None;
+    loop {
+        let had = completion.token_ids.len();
+        let attempt = async {
+            let mut client = Client::connect(&args.target.grpc).await?;
+            let mut message = request(args);
+            if !completion.request_id.is_empty() {
+                message.request_id.clone_from(&completion.request_id);
+                message.sampling.get_or_insert_default().seed = Some(completion.seed);
+                message.resume_tokens.clone_from(&completion.token_ids);
+            }
+            let mut message = tonic::Request::new(message);
+            if let Some(until) = until {
+                message.set_timeout(until.saturating_duration_since(Instant::now()));
+            }
+            go_on(&mut client, message, &mut completion, &mut on_text).await
+        };
+        let error = match attempt.await {
+            Ok(()) => return Ok(completion),
+            Err(error) => error,
+        };
+        if completion.token_ids.len() > had {
+            broken = None;
+        }
+        let since = *broken.get_or_insert_with(Instant::now);
+        // A request that never began is the caller's to repeat.
+        let late = since.elapsed() >= args.resume_for || until.is_some_and(|until| Instant::now() >= until);
+        if completion.request_id.is_empty() || !may_resume(&error) || late {
+            return Err(error);
+        }
+        tokio::time::sleep(RESUME_PAUSE).await;
+    }
 }
 
 impl Completion {
@@ -156,14 +223,7 @@ pub fn show(text: &str) -> Result<(), CliError> {
 /// [`CliError`]; Ctrl-C cancels the request, which frees what it held.
 pub async fn run(args: GenerateArgs) -> Result<Exit, CliError> {
     let mut signals = StopSignals::watch()?;
-    let work = async {
-        let mut client = Client::connect(&args.target.grpc).await?;
-        let mut request = tonic::Request::new(request(&args));
-        if let Some(timeout) = args.timeout {
-            request.set_timeout(timeout);
-        }
-        stream(&mut client, request, |text| if args.json { Ok(()) } else { show(text) }).await
-    };
+    let work = async { resuming(&args, |text| if args.json { Ok(()) } else { show(text) }).await };
     let done = signals.unless(work).await;
     if !args.json {
         // What was streamed ends in a line of its own, also when the stream broke.

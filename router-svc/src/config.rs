@@ -97,7 +97,7 @@ impl Default for RouterConfig {
             attention_min: 1,
             experts_min: 1,
             replicas: 1,
-            heartbeat: Duration::from_millis(200),
+            heartbeat: Duration::from_millis(300),
             lease: Duration::from_secs(10),
             hello_max: Duration::from_secs(10),
             prepare_max: Duration::from_secs(300),
@@ -121,7 +121,7 @@ impl Default for RouterConfig {
 }
 
 /// Heartbeats that a node may miss once others wait for it in vain.
-const SUSPECT_HEARTBEATS: u32 = 3;
+const SUSPECT_HEARTBEATS: u32 = 2;
 /// Most requests at once that a router can be told to take.
 const REQUESTS_LIMIT: usize = 1 << 16;
 
@@ -185,7 +185,7 @@ mod tests {
             (RouterConfig { experts_min: SLOTS_MAX + 1, ..base() }, "experts-min"),
             (RouterConfig { replicas: 0, ..base() }, "replicas"),
             (RouterConfig { requests_max: 0, ..base() }, "requests-max"),
-            (RouterConfig { lease: Duration::from_millis(1500), ..base() }, "lease"),
+            (RouterConfig { lease: Duration::from_millis(500), ..base() }, "lease"),
             (RouterConfig { heartbeat: Duration::ZERO, ..base() }, "heartbeat"),
         ] {
             let refused = config.validate().unwrap_err().to_string();

@@ -189,20 +189,20 @@ impl Relaying {
                         Err((error, _)) => {
                             avoid = Some(upstream.node);
                             self.moves += 1;
-                            error
+                            Some(error)
                         }
                     }
                 }
                 Err(error) if last.is_none() => return Err(error),
                 // Nobody but the one that failed, or nobody at all: the mesh may recover.
-                Err(error) => {
+                Err(_) => {
                     avoid = None;
-                    error
+                    None
                 }
             };
-            last = Some(error.clone());
-            if self.moves > MOVES_MAX || Instant::now() >= until {
-                return Err(last.unwrap_or(error));
+            last = error.or(last);
+            if let Some(error) = last.as_ref().filter(|_| self.moves > MOVES_MAX || Instant::now() >= until) {
+                return Err(error.clone());
             }
             tokio::time::sleep(MOVE_PAUSE).await;
             self.plane_serves(until.saturating_duration_since(Instant::now())).await?;

@@ -2,6 +2,7 @@
 
 mod bad_frames;
 mod bad_input;
+mod changes;
 mod dependencies;
 mod drills;
 mod goldens;

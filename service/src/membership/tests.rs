@@ -154,13 +154,18 @@ struct Played {
 
 impl Played {
     async fn start(target: Arc<Target>) -> Self {
+        Self::start_with(target, PATIENCE).await
+    }
+
+    async fn start_with(target: Arc<Target>, drain_max: Duration) -> Self {
         let (listener, spec) = listen().await;
         let mut sessions = play(listener, || Ok(taken()));
         let registration = register(&spec, PATIENCE).await.unwrap();
         assert_eq!((registration.node, registration.slot, registration.secret), (NodeId(7), Slot(2), [9; 32]));
-        let (evidence, evidence_rx) = mpsc::channel(4);
+        let (evidence, mut evidence_rx) = mpsc::channel(4);
         let stop = CancellationToken::new();
-        let run = tokio::spawn(registration.run(target, evidence_rx, stop.clone()));
+        let stopping = stop.clone();
+        let run = tokio::spawn(async move { registration.run(target, &mut evidence_rx, stopping, drain_max).await });
         let (up, down) = timeout(PATIENCE, sessions.recv()).await.unwrap().unwrap();
         let mut played = Self { up, down, evidence, stop, run };
         let hello = Up::Hello(v1::SessionHello { node: 7, token: vec![1, 2, 3] });
@@ -247,13 +252,26 @@ async fn a_view_that_fails_or_contradicts_itself_is_reported_and_the_session_goe
 }
 
 #[tokio::test]
-async fn evidence_goes_up_and_a_shutdown_says_that_the_node_leaves() {
+async fn evidence_goes_up_and_a_shutdown_asks_for_a_handover_and_ends_when_dismissed() {
     let mut router = Played::start(Arc::default()).await;
     let seen = Evidence { view: ViewId(3), expert_slot: Slot(1), what: "closed".into() };
     router.evidence.send(seen).await.unwrap();
     let told = v1::Evidence { view: 3, expert_slot: 1, what: "closed".into() };
     assert_eq!(router.answer().await.0, Some(Up::Evidence(told)));
     router.stop.cancel();
+    assert!(matches!(router.answer().await.0, Some(Up::Draining(_))));
+    // The node still does what it is told while others take over.
+    router.tell(Down::Abandon(v1::ViewId { view: 9 })).await;
+    router.tell(Down::Dismissed(v1::Dismissed { why: "drained".into(), drained: true })).await;
+    router.ended().await.unwrap();
+}
+
+#[tokio::test]
+async fn a_node_that_nobody_takes_over_from_in_time_leaves_by_itself() {
+    let mut router = Played::start_with(Arc::default(), Duration::from_millis(50)).await;
+    assert!(matches!(router.heard().await, Some(Up::Heartbeat(_))), "the session is open");
+    router.stop.cancel();
+    assert!(matches!(router.answer().await.0, Some(Up::Draining(_))));
     assert!(matches!(router.answer().await.0, Some(Up::Leaving(_))));
     let Played { down, run, .. } = router;
     drop(down);
@@ -261,11 +279,19 @@ async fn evidence_goes_up_and_a_shutdown_says_that_the_node_leaves() {
 }
 
 #[tokio::test]
+async fn an_operators_drain_ends_the_node_in_good_order() {
+    let router = Played::start(Arc::default()).await;
+    router.tell(Down::Dismissed(v1::Dismissed { why: "drained".into(), drained: true })).await;
+    router.ended().await.unwrap();
+}
+
+#[tokio::test]
 async fn dismissal_and_a_lost_session_end_the_membership_with_the_reason() {
     let router = Played::start(Arc::default()).await;
-    router.tell(Down::Dismissed(v1::Dismissed { why: "too slow".into() })).await;
+    router.tell(Down::Dismissed(v1::Dismissed { why: "too slow".into(), drained: false })).await;
     let ended = router.ended().await.unwrap_err();
     assert!(matches!(&ended, ServiceError::Dismissed { why, .. } if why == "too slow"), "{ended}");
+    assert!(ended.may_rejoin(), "it is well itself");
 
     let Played { down, run, evidence: _evidence, up: _up, .. } = Played::start(Arc::default()).await;
     drop(down);
