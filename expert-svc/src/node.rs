@@ -8,6 +8,7 @@ use mesh_kernels::cpu::{Cpu, CpuOptions};
 use mesh_kernels::packed::Packer;
 use mesh_model::{Checkpoint, ModelConfig};
 use mesh_proto::v1;
+use mesh_service::advertise;
 use mesh_service::membership::{NodeSpec, Registration, register};
 use mesh_transport::frame::{PROTOCOL_VERSION, dispatch_body_bytes};
 use mesh_transport::{Bound, Credentials, Identity, TransportKind, choose};
@@ -50,6 +51,7 @@ impl ExpertNode {
     /// # Errors
     /// [`ExpertError`].
     pub async fn start(config: ExpertConfig) -> Result<Self, ExpertError> {
+        let host = advertise::host(&config.listen, config.advertise.as_ref()).await?;
         let checkpoint = Checkpoint::open(&config.model_dir)?;
         if checkpoint.config().moe_layers().is_empty() {
             return Err(ExpertError::NoExperts { dir: config.model_dir.display().to_string() });
@@ -66,12 +68,13 @@ impl ExpertNode {
         check_frame_size(&config, loader.shape().row_bytes)?;
 
         let bound = bind(&config)?;
-        let spec = spec(&config, &loader, bound.local_addr());
+        let addr = advertise::address(bound.local_addr(), host.as_ref());
+        tracing::info!(bound = bound.local_addr(), %addr, "data plane bound");
+        let spec = spec(&config, &loader, &addr);
         let registration = register(&spec, config.register_for).await?;
         let (node, slot) = (registration.node, registration.slot);
         let identity = Identity { node, role: Role::Expert, slot, model: spec.model_digest };
         let transport = bound.start(Credentials { secret: registration.secret, identity })?;
-        let addr = transport.local_addr().to_owned();
 
         let (tables, counters) = (Arc::new(Tables::default()), Arc::new(Counters::default()));
         let engine = Engine::new(EngineParts {
