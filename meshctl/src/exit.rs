@@ -11,6 +11,8 @@ use mesh_proto::{Code, MeshError};
 pub enum Exit {
     /// Done.
     Ok,
+    /// Asked for the health of something, which is not well: what programs that probe expect.
+    Unhealthy,
     /// The flags make no sense.
     Usage,
     /// The mesh refused the request as one that it can never serve.
@@ -38,6 +40,7 @@ impl Exit {
     pub fn code(self) -> u8 {
         match self {
             Exit::Ok => 0,
+            Exit::Unhealthy => 1,
             Exit::Usage => 64,
             Exit::Refused => 65,
             Exit::Unavailable => 69,
@@ -226,6 +229,7 @@ mod tests {
     fn errors_that_call_for_different_actions_have_different_codes() {
         let codes = [
             Exit::Ok,
+            Exit::Unhealthy,
             Exit::Usage,
             Exit::Refused,
             Exit::Unavailable,

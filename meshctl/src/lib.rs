@@ -8,7 +8,7 @@
 //! - [`launch`]: a whole mesh as processes: start in order, wait until it serves, stop in order
 //! - [`signals`]: SIGINT, SIGTERM and SIGHUP as something to wait for
 //! - [`client`]: the gRPC connection and its errors in words
-//! - [`up`], [`generate`], [`status`], [`doctor`], [`demo`]: the commands
+//! - [`up`], [`generate`], [`status`], [`health`], [`doctor`], [`demo`]: the commands
 //! - [`mod@bench`]: the load tester for a running mesh
 //! - [`probe`]: native libraries opened at run time, for `doctor`
 //! - [`volume`]: the all-to-all arithmetic that `demo` prints beside what it measured
@@ -22,6 +22,7 @@ pub mod demo;
 pub mod doctor;
 pub mod exit;
 pub mod generate;
+pub mod health;
 pub mod launch;
 pub mod os;
 pub mod probe;
@@ -43,6 +44,7 @@ pub async fn run(cli: Cli) -> Result<Exit, CliError> {
         Command::Up(args) => up::run(args).await,
         Command::Generate(args) => generate::run(args).await,
         Command::Status(args) => status::run(args).await,
+        Command::Health(args) => health::run(args).await,
         Command::Doctor(args) => doctor::run(&args).await,
         Command::Demo(args) => demo::run(args).await,
         Command::Bench(args) => bench::run(args).await,
