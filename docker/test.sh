@@ -2,12 +2,13 @@
 # Runs a mesh of containers as docker/compose.yaml describes it, on the shipped tiny model, and checks what it answers.
 #
 #   docker/test.sh             # serves over TCP and over UCX, scales from 3 to 6 expert nodes
-#   docker/test.sh drill       # then disturbs it under load: scaling, a kill, a cut network, a roll of all nodes, another router
+#   docker/test.sh drill       # then disturbs it under load: scaling, a kill, a cut network, a roll of all nodes;
+#                              # and restarts the router
 #   docker/test.sh STEP...     # serves, then these: scale_up scale kill partition roll router
 #
-# Programs come from target/release (make binaries). Base images are not pulled: a stand-in is made of this machine's own
-# files, unless BASE_IMAGE names an image that the engine has. All that is made here has names of its own and is removed
-# again, also after Ctrl-C; nothing else on the engine is touched. DOCKER_TEST_LIMIT_S bounds the whole run (1500).
+# Programs come from target/release (make binaries). Base images are not pulled: a stand-in is made of this machine's
+# own files, unless BASE_IMAGE names an image that the engine has. All that is made here has names of its own and is
+# removed again, also after Ctrl-C; nothing else on the engine is touched. DOCKER_TEST_LIMIT_S (1500) bounds it all.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -27,6 +28,10 @@ answer_max_s=60
 load_workers=4
 tokens_max=200
 prompts=(57,280,718 5,6,7 100,101,102,103 9,300,12,44,871)
+
+# What docker/compose.yaml reads; port 0 takes a free one.
+export MESH_IMAGE=$image MESH_MODEL=$PWD/fixtures/tiny-moe MESH_PUBLISH=127.0.0.1:0 MESH_THREADS=1
+export MESH_ATTENTION=$attention MESH_EXPERTS=$experts
 
 work=$(mktemp -d)
 workers=()
@@ -99,13 +104,14 @@ descendants() {
 }
 
 clean_up() {
-  local status=$? root rest
+  local status=$? group root rest
   trap '' INT TERM HUP
   trap - EXIT
   set +e
+  # A signal may come while output goes elsewhere.
+  exec >&3
   touch "$work/stop"
-  [ "${#workers[@]}" -eq 0 ] || kill "${workers[@]}" 2>/dev/null
-  [ -z "$watchdog" ] || kill "$watchdog" 2>/dev/null
+  for group in $watchdog "${workers[@]}"; do kill -- "-$group" 2>/dev/null; done
   if [ -n "${compose_tool[*]-}" ]; then
     say "removing what was made"
     compose 180 down -v --remove-orphans -t 10 >"$work/down" 2>&1 || cat "$work/down" >&2
@@ -121,12 +127,21 @@ clean_up() {
   exit "$status"
 }
 
+# beside COMMAND...: in the background, in a process group of its own, so that it ends with its children.
+beside() {
+  set -m
+  "$@" &
+  set +m
+}
+
+time_out() {
+  sleep "$limit_s"
+  say "not done after $limit_s s (DOCKER_TEST_LIMIT_S)" >&2
+  kill -TERM $$
+}
+
 watch_time() {
-  (
-    sleep "$limit_s"
-    say "not done after $limit_s s (DOCKER_TEST_LIMIT_S)" >&2
-    kill -TERM $$
-  ) &
+  beside time_out
   watchdog=$!
 }
 
@@ -156,7 +171,7 @@ stand_in_base() {
   for tool in "${programs[@]}"; do take "$root" "$PWD/target/release/$tool"; done
   # The programs themselves come with the image's own stage.
   rm -rf "${root:?}/usr$PWD"
-  ucp=$(PATH=$PATH:/usr/sbin:/sbin ldconfig -p | awk '/libucp\.so\.0/{print $NF; exit}')
+  ucp=$(PATH=$PATH:/usr/sbin:/sbin ldconfig -p | awk '/libucp\.so\.0/ && !found++ {print $NF}')
   if [ -n "$ucp" ]; then
     # shellcheck disable=SC2046
     take "$root" "$ucp" $(find "$(dirname "$(readlink -f "$ucp")")/ucx" -name 'lib*.so.0' 2>/dev/null)
@@ -201,9 +216,7 @@ has_ucx() { grep -q '"ucx":{[^}]*"usable":true' "$work/probe"; }
 
 # up TRANSPORT
 up() {
-  MESH_TRANSPORT=$1
-  export MESH_TRANSPORT MESH_IMAGE=$image MESH_MODEL=$PWD/fixtures/tiny-moe MESH_PUBLISH=127.0.0.1:0 MESH_THREADS=1
-  export MESH_ATTENTION=$attention MESH_EXPERTS=$experts
+  export MESH_TRANSPORT=$1
   compose 180 up -d >"$work/up" 2>&1 || {
     cat "$work/up" >&2
     return 1
@@ -241,7 +254,8 @@ serves() {
 # healthy COUNT: whether so many containers run and the engine calls all of them healthy.
 healthy() {
   local ids
-  ids=$(bounded 20 docker ps -q --filter "label=com.docker.compose.project=$project" --filter health=healthy) || return 1
+  ids=$(bounded 20 docker ps -q --filter "label=com.docker.compose.project=$project" --filter health=healthy) ||
+    return 1
   [ "$(wc -w <<<"$ids")" -eq "$1" ]
 }
 
@@ -297,7 +311,7 @@ under_load() {
   rm -f "$work"/load.* "$work/stop"
   workers=()
   for ((i = 0; i < load_workers; i++)); do
-    worker "$i" &
+    beside worker "$i"
     workers+=($!)
   done
   within 60 "the load is under way" under_way && "$@" || status=1
@@ -319,7 +333,7 @@ under_load() {
 # --- steps -----------------------------------------------------------------------------------------------------------
 
 serve_over() {
-  up "$1" && within "$serve_max_s" "$attention attention and $experts expert nodes serve" serves "$attention" "$experts" &&
+  up "$1" && within "$serve_max_s" "all nodes serve" serves "$attention" "$experts" &&
     within "$serve_max_s" "all containers are healthy" healthy $((1 + attention + experts)) &&
     { [ "$1" = auto ] || [ "$(grep -c " $1://" "$work/status")" -eq "$experts" ]; } && answers_as_before
 }
@@ -340,7 +354,7 @@ step_scale() { under_load scaling; }
 
 a_kill() {
   local victim
-  victim=$(containers expert | head -n 1)
+  victim=$(containers expert | sed -n 1p)
   bounded 30 docker kill "$victim" >/dev/null || return 1
   within "$recover_max_s" "the others serve without it" serves "$attention" $((experts - 1)) || return 1
   bounded 30 docker start "$victim" >/dev/null || return 1
@@ -350,7 +364,7 @@ step_kill() { under_load a_kill; }
 
 a_partition() {
   local victim network=${project}_default
-  victim=$(containers expert | head -n 1)
+  victim=$(containers expert | sed -n 1p)
   bounded 30 docker network disconnect "$network" "$victim" || return 1
   within "$recover_max_s" "the others serve without it" serves "$attention" $((experts - 1)) || return 1
   bounded 30 docker network connect --alias expert "$network" "$victim" || return 1
@@ -404,6 +418,7 @@ for step in "${steps[@]}"; do
   declare -F "step_$step" >/dev/null || fail "there is no step '$step'; see the head of this file"
 done
 
+exec 3>&1
 trap clean_up EXIT
 trap 'exit 130' INT
 trap 'exit 143' TERM HUP

@@ -29,7 +29,7 @@ struct Flags {
     /// Where the data plane listens; port 0 takes a free one.
     #[arg(long, env = "MESH_LISTEN", value_name = "ADDR", default_value = "127.0.0.1:0")]
     listen: String,
-    /// The host name or IP address under which the attention nodes reach this node, without port. By default the host of
+    /// The host name or IP address under which attention nodes reach this node, without port. By default the host of
     /// --listen; where that is every address (0.0.0.0), this machine's name.
     #[arg(long, env = "MESH_ADVERTISE", value_name = "HOST")]
     advertise: Option<Host>,

@@ -1,4 +1,4 @@
-//! `meshctl health`: one question, answered by the exit code, for whoever restarts what is ill or sends traffic elsewhere.
+//! `meshctl health`: one question, answered by the exit code, for whoever restarts what is ill or routes around it.
 
 use std::time::Duration;
 

@@ -1,4 +1,4 @@
-//! Under which address others reach a node. What a node is bound to is no answer when that is every address of its machine.
+//! Under which address others reach a node. What it is bound to is no answer when that is every address of its machine.
 
 use std::net::{IpAddr, SocketAddr};
 use std::str::FromStr;
@@ -55,8 +55,8 @@ fn is_name(text: &str) -> bool {
     text.len() <= NAME_BYTES_MAX && text.strip_suffix('.').unwrap_or(text).split('.').all(label)
 }
 
-/// The host under which others reach a node that listens at `listen`: the one `given`; else this machine's own name when
-/// `listen` is every address of it; else `None`, which is the one in `listen`.
+/// The host under which others reach a node that listens at `listen`: the one `given`; else this machine's own name
+/// when `listen` is every address of it; else `None`, which is the one in `listen`.
 ///
 /// # Errors
 /// [`ServiceError::NoAddress`] when the machine's name is needed and leads nowhere.

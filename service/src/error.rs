@@ -28,7 +28,7 @@ pub enum ServiceError {
     },
     /// A node that listens everywhere does not know how others reach it.
     #[error(
-        "listening at {listen} is every address of this machine, and {reason}; say with --advertise HOST how others reach it"
+        "{listen} is every address of this machine, and {reason}; say with --advertise HOST how others reach it"
     )]
     NoAddress {
         /// Where it listens.

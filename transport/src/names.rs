@@ -8,11 +8,12 @@ use std::time::{Duration, Instant};
 /// The least that an address is tried for, as a timeout of zero would be refused.
 const TRY_MIN: Duration = Duration::from_millis(1);
 
-/// Connects to `at` (`host:port`, the host a name or an address) before `deadline`. Of several addresses each has its share
-/// of the time, so that one which swallows everything does not keep the next from being tried.
+/// Connects to `at` (`host:port`, the host a name or an address) before `deadline`. Of several addresses each has its
+/// share of the time, so that one which swallows everything does not keep the next from being tried.
 ///
 /// # Errors
-/// [`ErrorKind::TimedOut`] at the deadline, [`ErrorKind::InvalidInput`] when `at` has no such form, else what the system says.
+/// [`ErrorKind::TimedOut`] at the deadline, [`ErrorKind::InvalidInput`] when `at` has no such form, else what the system
+/// says.
 pub fn dial(at: &str, deadline: Instant) -> io::Result<TcpStream> {
     let addresses = resolve(at, deadline)?;
     let mut last = io::Error::new(ErrorKind::NotFound, "the name has no address");
@@ -30,8 +31,8 @@ pub fn dial(at: &str, deadline: Instant) -> io::Result<TcpStream> {
     Err(last)
 }
 
-/// The addresses of `at`. The system's resolver knows no deadline: it is asked on a thread of its own, which is left behind
-/// when it takes too long and ends when the resolver gives up.
+/// The addresses of `at`. The system's resolver knows no deadline: it is asked on a thread of its own, which is left
+/// behind when it takes too long and ends when the resolver gives up.
 fn resolve(at: &str, deadline: Instant) -> io::Result<Vec<SocketAddr>> {
     if let Ok(address) = at.parse() {
         return Ok(vec![address]);

@@ -62,12 +62,12 @@ impl Greeting {
     }
 }
 
-/// What tells this running kernel, and on it the processes that can share memory, from every other; all zero where the system
-/// does not say, which matches itself only on machines that do not say either, and then UCX finds out on its own that memory
-/// cannot be shared.
+/// What tells this running kernel, and on it the processes that can share memory, from every other; all zero where the
+/// system does not say, which matches itself only on machines that do not say either, and then UCX finds out on its own
+/// that memory cannot be shared.
 ///
-/// UCX opens a peer's memory by the peer's process number and wakes it over a socket whose name is the network namespace's:
-/// two containers that share memory alone would wait for each other forever.
+/// UCX opens a peer's memory by the peer's process number and wakes it over a socket whose name is the network
+/// namespace's: two containers that share memory alone would wait for each other forever.
 pub fn host() -> [u8; 16] {
     let boot = std::fs::read_to_string("/proc/sys/kernel/random/boot_id").unwrap_or_default();
     let namespace = |kind| std::fs::read_link(format!("/proc/self/ns/{kind}")).unwrap_or_default();

@@ -49,8 +49,8 @@ pub enum UcxError {
     },
     /// UCX does not get what it needs to begin.
     #[error(
-        "UCX cannot set its queues up: {reason}; give /dev/shm some megabytes more (docker run --shm-size), or leave shared \
-         memory out (UCX_TLS=tcp,self)"
+        "UCX cannot set its queues up: {reason}; give /dev/shm some megabytes more (docker run --shm-size), or leave \
+         shared memory out (UCX_TLS=tcp,self)"
     )]
     NoWorker {
         /// UCX's words.
