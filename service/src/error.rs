@@ -27,9 +27,7 @@ pub enum ServiceError {
         reason: String,
     },
     /// A node that listens everywhere does not know how others reach it.
-    #[error(
-        "{listen} is every address of this machine, and {reason}; say with --advertise HOST how others reach it"
-    )]
+    #[error("{listen} is every address of this machine, and {reason}; say with --advertise HOST how others reach it")]
     NoAddress {
         /// Where it listens.
         listen: String,
