@@ -2,7 +2,7 @@
 # demo, the tests and the benchmarks then share one set of artefacts.
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint bench binaries
+.PHONY: help demo test lint bench binaries docker-test
 
 CARGO ?= cargo
 # Tests that start meshes of several processes are patient, but not without bound: few at once.
@@ -11,7 +11,7 @@ TEST_THREADS ?= 2
 MODEL ?= target/bench-model
 
 help: ## Show this list
-	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
 
 binaries:
 	$(CARGO) build --release --workspace --bins
@@ -22,6 +22,9 @@ demo: binaries ## Start a mesh of seven processes on the shipped tiny model, str
 test: ## Set up what the tests need, then run all of them
 	scripts/setup-test-deps.sh
 	scripts/test.sh $(TEST_THREADS)
+
+docker-test: binaries ## Run a mesh of containers on this machine's Docker engine, scale it, check its answers
+	docker/test.sh
 
 lint: ## Formatting, clippy with warnings denied, documentation, tidiness
 	$(CARGO) fmt --all --check

@@ -6,6 +6,7 @@ use std::time::Duration;
 
 use mesh_core::Slot;
 use mesh_kernels::Dtype;
+use mesh_service::advertise::Host;
 use mesh_transport::local::LocalHub;
 use mesh_transport::{Limits, TransportChoice};
 
@@ -30,6 +31,9 @@ pub struct AttentionConfig {
     pub router: String,
     /// Where the node's gRPC listens, `host:port`; port 0 takes a free one.
     pub listen: String,
+    /// The host under which others reach the node; `None`: that of `listen`, or this machine's name where that is every
+    /// address.
+    pub advertise: Option<Host>,
     /// Which transport to take.
     pub transport: TransportChoice,
     /// Where in-process peers meet; needed by the local transport alone.
@@ -105,6 +109,7 @@ impl AttentionConfig {
             model_dir: model_dir.into(),
             router: router.into(),
             listen: "127.0.0.1:0".into(),
+            advertise: None,
             transport: TransportChoice::Auto,
             hub: None,
             dtype: Dtype::Bf16,

@@ -71,9 +71,10 @@ impl AttentionError {
             AttentionError::Transport(error) => {
                 matches!(error, TransportError::BadAddress { .. } | TransportError::Unavailable { .. })
             }
-            AttentionError::Service(error) => {
-                matches!(error, ServiceError::RouterUri { .. } | ServiceError::LogFilter { .. })
-            }
+            AttentionError::Service(error) => matches!(
+                error,
+                ServiceError::RouterUri { .. } | ServiceError::LogFilter { .. } | ServiceError::NoAddress { .. }
+            ),
             AttentionError::Server(_) | AttentionError::Thread { .. } | AttentionError::EngineDied => false,
         }
     }

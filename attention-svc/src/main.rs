@@ -12,6 +12,7 @@ use clap::Parser;
 use mesh_core::Slot;
 use mesh_kernels::Dtype;
 use mesh_proto::limits::SLOTS_MAX;
+use mesh_service::advertise::Host;
 use mesh_service::telemetry::LogArgs;
 use mesh_service::{config, shutdown};
 use mesh_transport::TransportChoice;
@@ -29,6 +30,10 @@ struct Flags {
     /// Where the node's gRPC listens; port 0 takes a free one.
     #[arg(long, env = "MESH_LISTEN", value_name = "ADDR", default_value = "127.0.0.1:0")]
     listen: String,
+    /// The host name or IP address under which the router reaches this node, without port. By default the host of
+    /// --listen; where that is every address (0.0.0.0), this machine's name.
+    #[arg(long, env = "MESH_ADVERTISE", value_name = "HOST")]
+    advertise: Option<Host>,
     /// The data plane: auto takes UCX where the machine has it, else TCP.
     #[arg(long, env = "MESH_TRANSPORT", value_name = "auto|tcp|ucx", default_value = "auto", value_parser = transport)]
     transport: TransportChoice,
@@ -118,6 +123,7 @@ impl Flags {
         };
         AttentionConfig {
             listen: self.listen,
+            advertise: self.advertise,
             transport: self.transport,
             dtype: self.dtype,
             cache_dir: self.cache_dir,

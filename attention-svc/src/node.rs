@@ -11,6 +11,7 @@ use mesh_model::{Checkpoint, ModelConfig, Tokenizer};
 use mesh_proto::limits::MESSAGE_BYTES_MAX;
 use mesh_proto::v1;
 use mesh_proto::v1::attention_server::AttentionServer;
+use mesh_service::advertise;
 use mesh_service::membership::{Evidence, NodeSpec, Registration, register};
 use mesh_transport::frame::PROTOCOL_VERSION;
 use mesh_transport::{Credentials, Identity, Transport, TransportKind, choose};
@@ -76,6 +77,8 @@ impl AttentionNode {
     /// [`AttentionError`].
     pub async fn start(config: AttentionConfig) -> Result<Self, AttentionError> {
         config.validate()?;
+        // Before the model is loaded, which may take minutes.
+        let host = advertise::host(&config.listen, config.advertise.as_ref()).await?;
         let opening = config.clone();
         let opened = tokio::task::spawn_blocking(move || open(&opening)).await;
         let opened =
@@ -85,7 +88,8 @@ impl AttentionNode {
         let bounds = RequestBounds { vocab: model.vocab as u32, context: model.max_position as u32 };
         let (eos, moe_layers, experts) = (model.eos.clone(), model.moe_layers(), model.moe.experts);
 
-        let (listener, addr) = listen(&config.listen).await?;
+        let (listener, bound) = listen(&config.listen).await?;
+        let addr = advertise::address(&bound, host.as_ref());
         let kind = choose(config.transport).kind;
         let spec = spec(&config, &opened, &addr, kind);
         let registration = register(&spec, config.register_for).await?;
@@ -104,7 +108,7 @@ impl AttentionNode {
             engine::start(runner, options).map_err(|reason| AttentionError::Thread { thread: "engine", reason })?;
         let views = Arc::new(AttentionViews::new(engine.handle.clone(), counters, moe_layers, experts));
         let service = AttentionService::new(engine.handle.clone(), opened.tokenizer, bounds, registration.slot);
-        tracing::info!(slot = registration.slot.0, %addr, kv_pages, "attention node up");
+        tracing::info!(slot = registration.slot.0, %bound, %addr, kv_pages, "attention node up");
         Ok(Self { config, spec, registration, engine, views, service, listener, addr })
     }
 
@@ -118,7 +122,7 @@ impl AttentionNode {
         self.registration.slot
     }
 
-    /// Where the node's gRPC listens, `http://host:port`.
+    /// Where the router reaches the node, `http://host:port`.
     pub fn addr(&self) -> &str {
         &self.addr
     }

@@ -62,9 +62,10 @@ impl ExpertError {
                 error,
                 TransportError::Bind { .. } | TransportError::BadAddress { .. } | TransportError::Unavailable { .. }
             ),
-            ExpertError::Service(error) => {
-                matches!(error, ServiceError::RouterUri { .. } | ServiceError::LogFilter { .. })
-            }
+            ExpertError::Service(error) => matches!(
+                error,
+                ServiceError::RouterUri { .. } | ServiceError::LogFilter { .. } | ServiceError::NoAddress { .. }
+            ),
             ExpertError::Thread(_) | ExpertError::EngineDied => false,
         }
     }

@@ -11,6 +11,7 @@ use expert_svc::{EngineLimits, ExpertConfig, ExpertError, ExpertNode};
 use mesh_core::Slot;
 use mesh_kernels::Dtype;
 use mesh_proto::limits::SLOTS_MAX;
+use mesh_service::advertise::Host;
 use mesh_service::telemetry::LogArgs;
 use mesh_service::{config, shutdown};
 use mesh_transport::TransportChoice;
@@ -28,6 +29,10 @@ struct Flags {
     /// Where the data plane listens; port 0 takes a free one.
     #[arg(long, env = "MESH_LISTEN", value_name = "ADDR", default_value = "127.0.0.1:0")]
     listen: String,
+    /// The host name or IP address under which attention nodes reach this node, without port. By default the host of
+    /// --listen; where that is every address (0.0.0.0), this machine's name.
+    #[arg(long, env = "MESH_ADVERTISE", value_name = "HOST")]
+    advertise: Option<Host>,
     /// The data plane: auto takes UCX where the machine has it, else TCP.
     #[arg(long, env = "MESH_TRANSPORT", value_name = "auto|tcp|ucx", default_value = "auto", value_parser = transport)]
     transport: TransportChoice,
@@ -84,6 +89,7 @@ impl Flags {
         let limits = EngineLimits { hold_max: Duration::from_micros(self.hold_us), ..EngineLimits::default() };
         ExpertConfig {
             listen: self.listen,
+            advertise: self.advertise,
             transport: self.transport,
             dtype: self.dtype,
             cache_dir: self.cache_dir,

@@ -9,6 +9,7 @@ use mesh_kernels::cpu::{Cpu, CpuOptions};
 use mesh_kernels::packed::Packer;
 use mesh_model::{Checkpoint, ModelConfig};
 use mesh_proto::v1;
+use mesh_service::advertise;
 use mesh_service::membership::{NodeSpec, Registration, register};
 use mesh_transport::frame::{PROTOCOL_VERSION, dispatch_body_bytes};
 use mesh_transport::{Bound, Credentials, Identity, TransportKind, choose};
@@ -145,13 +146,15 @@ async fn join(
     register_for: Duration,
     kept: Vec<Arc<ExpertTable>>,
 ) -> Result<Member, ExpertError> {
+    let host = advertise::host(&config.listen, config.advertise.as_ref()).await?;
     let bound = bind(config)?;
-    let spec = spec(config, loader, bound.local_addr());
+    let addr = advertise::address(bound.local_addr(), host.as_ref());
+    tracing::info!(bound = bound.local_addr(), %addr, "data plane bound");
+    let spec = spec(config, loader, &addr);
     let registration = register(&spec, register_for).await?;
     let (node, slot) = (registration.node, registration.slot);
     let identity = Identity { node, role: Role::Expert, slot, model: spec.model_digest };
     let transport = bound.start(Credentials { secret: registration.secret, identity })?;
-    let addr = transport.local_addr().to_owned();
     let tables = Arc::new(Tables::default());
     let engine = Engine::new(EngineParts {
         transport,

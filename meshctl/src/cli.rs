@@ -33,6 +33,8 @@ pub enum Command {
     Rebalance(RebalanceArgs),
     /// Show how long each attention node waits for each expert node, and which one is slow.
     Stalls(StallsArgs),
+    /// Exit with 0 if the mesh serves (or, with --node, if that node is a member of it), else with 1.
+    Health(HealthArgs),
     /// Show what this machine offers (SIMD, UCX, CUDA, NCCL) and why not more.
     Doctor(DoctorArgs),
     /// Start 1 router, 2 attention and 4 expert processes on the shipped tiny model, stream a completion, measure the
@@ -229,6 +231,20 @@ pub struct StatusArgs {
     /// Print anew every second until Ctrl-C.
     #[arg(long)]
     pub watch: bool,
+}
+
+/// `meshctl health`.
+#[derive(Clone, Debug, Args)]
+pub struct HealthArgs {
+    /// The mesh.
+    #[command(flatten)]
+    pub target: Target,
+    /// Ask for the node that others reach under this host name or IP address (its --advertise).
+    #[arg(long, value_name = "HOST")]
+    pub node: Option<String>,
+    /// How long the answer may take.
+    #[arg(long, value_name = "SECONDS", default_value = "5", value_parser = seconds)]
+    pub timeout: Duration,
 }
 
 /// `meshctl doctor`.

@@ -7,12 +7,15 @@ use mesh_proto::limits::MESSAGE_BYTES_MAX;
 use mesh_proto::v1::mesh_client::MeshClient;
 use mesh_proto::v1::{StatusRequest, StatusResponse};
 use tonic::transport::{Channel, Endpoint};
+use tonic_health::pb::HealthCheckRequest;
+use tonic_health::pb::health_check_response::ServingStatus;
+use tonic_health::pb::health_client::HealthClient;
 
 use crate::exit::CliError;
 
 /// How long a connection may take to be made.
 const CONNECT_MAX: Duration = Duration::from_secs(5);
-/// How long a status may take.
+/// How long a status, or a word about health, may take.
 const STATUS_MAX: Duration = Duration::from_secs(10);
 /// How often a silent peer is asked whether it lives.
 const KEEP_ALIVE: Duration = Duration::from_secs(10);
@@ -21,6 +24,7 @@ const KEEP_ALIVE: Duration = Duration::from_secs(10);
 #[derive(Clone, Debug)]
 pub struct Client {
     inner: MeshClient<Channel>,
+    health: HealthClient<Channel>,
 }
 
 impl Client {
@@ -35,13 +39,26 @@ impl Client {
         let endpoint = endpoint.connect_timeout(CONNECT_MAX).http2_keep_alive_interval(KEEP_ALIVE);
         let channel = endpoint.connect().await;
         let channel = channel.map_err(|e| CliError::NoMesh { addr: addr.to_owned(), why: causes(&e) })?;
+        let health = HealthClient::new(channel.clone());
         let inner = MeshClient::new(channel).max_decoding_message_size(MESSAGE_BYTES_MAX);
-        Ok(Self { inner })
+        Ok(Self { inner, health })
     }
 
     /// The generated client.
     pub fn mesh(&mut self) -> &mut MeshClient<Channel> {
         &mut self.inner
+    }
+
+    /// Whether requests are taken, as the standard health service says.
+    ///
+    /// # Errors
+    /// [`CliError::Mesh`].
+    pub async fn serving(&mut self) -> Result<bool, CliError> {
+        // The empty name is the server as a whole.
+        let mut request = tonic::Request::new(HealthCheckRequest { service: String::new() });
+        request.set_timeout(STATUS_MAX);
+        let response = self.health.check(request).await.map_err(failed)?;
+        Ok(response.into_inner().status() == ServingStatus::Serving)
     }
 
     /// Nodes, view, placement and load.

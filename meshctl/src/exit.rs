@@ -11,7 +11,7 @@ use mesh_proto::{Code, MeshError};
 pub enum Exit {
     /// Done.
     Ok,
-    /// A drill's expectations were not met.
+    /// What was asked about is not so: a drill's expectations were not met, or something is not well.
     Unmet,
     /// The flags make no sense.
     Usage,

@@ -8,7 +8,7 @@
 //! - [`launch`]: a whole mesh as processes: start in order, wait until it serves, stop in order
 //! - [`signals`]: SIGINT, SIGTERM and SIGHUP as something to wait for
 //! - [`client`]: the gRPC connection and its errors in words
-//! - [`up`], [`generate`], [`status`], [`operate`], [`doctor`], [`demo`]: the commands
+//! - [`up`], [`generate`], [`status`], [`operate`], [`health`], [`doctor`], [`demo`]: the commands
 //! - [`mod@bench`]: the load tester for a running mesh
 //! - [`drill`]: fault drills: a mesh disturbed by a plan under load
 //! - [`probe`]: native libraries opened at run time, for `doctor`
@@ -24,6 +24,7 @@ pub mod doctor;
 pub mod drill;
 pub mod exit;
 pub mod generate;
+pub mod health;
 pub mod launch;
 pub mod operate;
 pub mod os;
@@ -49,6 +50,7 @@ pub async fn run(cli: Cli) -> Result<Exit, CliError> {
         Command::Drain(args) => operate::drain(args).await,
         Command::Rebalance(args) => operate::rebalance(args).await,
         Command::Stalls(args) => operate::stalls(args).await,
+        Command::Health(args) => health::run(args).await,
         Command::Doctor(args) => doctor::run(&args).await,
         Command::Demo(args) => demo::run(args).await,
         Command::Bench(args) => bench::run(args).await,

@@ -26,6 +26,14 @@ pub enum ServiceError {
         /// What is wrong with it.
         reason: String,
     },
+    /// A node that listens everywhere does not know how others reach it.
+    #[error("{listen} is every address of this machine, and {reason}; say with --advertise HOST how others reach it")]
+    NoAddress {
+        /// Where it listens.
+        listen: String,
+        /// Why the machine's own name is no answer.
+        reason: String,
+    },
     /// Nobody answered at the router's address.
     #[error("router {uri} did not answer within {waited:?} ({last}); is it running, and is --router right?")]
     RouterSilent {

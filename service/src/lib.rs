@@ -6,10 +6,12 @@
 //! - [`shutdown`]: SIGINT and SIGTERM, once in good order, twice at once
 //! - [`ready`]: the line that says that a program is up
 //! - [`profile`]: where an engine's time goes
+//! - [`advertise`]: under which address others reach a node
 //! - [`membership`]: a node's side of the control plane: registration, lease, views
 
 #![forbid(unsafe_code)]
 
+pub mod advertise;
 pub mod config;
 mod error;
 pub mod membership;

@@ -10,6 +10,7 @@
 //! - [`error`] and [`stats`]: what went wrong, and how much went well
 //! - [`local`], [`tcp`], [`ucx`]: the backends
 //! - [`choose`](mod@choose): which backend, and why not the faster one
+//! - `names`: from `host:port` to a connected socket
 //! - `spin`: how long a blocked wait spins before it sleeps
 //! - [`open`]: [`bind`] and [`client`], which choose one
 
@@ -21,6 +22,7 @@ pub mod error;
 pub mod frame;
 pub mod handshake;
 pub mod local;
+mod names;
 pub mod open;
 mod spin;
 pub mod stats;

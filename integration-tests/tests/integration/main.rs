@@ -1,5 +1,6 @@
 //! Everything that is promised of a running mesh, by behaviour. Meshes are real processes, started by `meshctl up`.
 
+mod advertise;
 mod bad_frames;
 mod bad_input;
 mod changes;

@@ -1,13 +1,13 @@
 //! Getting in: the listener, the connections that have not proven themselves, and connecting to a peer.
 
 use std::io::{ErrorKind, Read, Write};
-use std::net::{Shutdown, SocketAddr, ToSocketAddrs};
+use std::net::{Shutdown, SocketAddr};
 use std::time::{Duration, Instant};
 
 use mio::net::TcpStream;
 
 use crate::handshake::{Handshake, HandshakeError, Proven};
-use crate::{Credentials, TransportError, TransportKind};
+use crate::{Credentials, TransportError, TransportKind, names};
 
 /// Connections that may be unauthenticated at once; the oldest makes room for a newer one.
 pub(super) const GUESTS_MAX: usize = 64;
@@ -68,15 +68,17 @@ impl Guest {
     }
 }
 
-/// `tcp://host:port` or `host:port`, resolved.
-pub(super) fn resolve(addr: &str) -> Result<Vec<SocketAddr>, TransportError> {
+/// `host:port` of `tcp://host:port` or `host:port`.
+pub(super) fn bare(addr: &str) -> Result<&str, TransportError> {
     let bare = addr.strip_prefix(SCHEME).unwrap_or(addr);
     if bare.contains("://") {
-        let wanted = "tcp://HOST:PORT";
-        return Err(TransportError::BadAddress { addr: addr.to_owned(), kind: TransportKind::Tcp, wanted });
+        return Err(bad(addr));
     }
-    let found = bare.to_socket_addrs().map(Iterator::collect);
-    found.map_err(|source| TransportError::Connect { peer: addr.to_owned(), source })
+    Ok(bare)
+}
+
+fn bad(addr: &str) -> TransportError {
+    TransportError::BadAddress { addr: addr.to_owned(), kind: TransportKind::Tcp, wanted: "tcp://HOST:PORT" }
 }
 
 pub(super) fn name(addr: SocketAddr) -> String {
@@ -131,17 +133,11 @@ pub(super) fn call(
 
 fn dial(addr: &str, deadline: Instant) -> Result<std::net::TcpStream, TransportError> {
     let begun = Instant::now();
-    let mut last: Option<std::io::Error> = None;
-    for resolved in resolve(addr)? {
-        let left = deadline.saturating_duration_since(Instant::now());
-        if left.is_zero() {
-            return Err(TransportError::Deadline { peer: addr.to_owned(), waited: begun.elapsed() });
+    names::dial(bare(addr)?, deadline).map_err(|source| match source.kind() {
+        ErrorKind::InvalidInput => bad(addr),
+        ErrorKind::TimedOut if deadline <= Instant::now() => {
+            TransportError::Deadline { peer: addr.to_owned(), waited: begun.elapsed() }
         }
-        match std::net::TcpStream::connect_timeout(&resolved, left) {
-            Ok(stream) => return Ok(stream),
-            Err(error) => last = Some(error),
-        }
-    }
-    let source = last.unwrap_or_else(|| ErrorKind::NotFound.into());
-    Err(TransportError::Connect { peer: addr.to_owned(), source })
+        _ => TransportError::Connect { peer: addr.to_owned(), source },
+    })
 }

@@ -50,11 +50,7 @@ impl TcpBound {
     /// [`TransportError::Bind`] and [`TransportError::BadAddress`].
     pub fn bind(addr: &str, limits: Limits) -> Result<Self, TransportError> {
         let failed = |source| TransportError::Bind { addr: addr.to_owned(), source };
-        let resolved = door::resolve(addr).map_err(|error| match error {
-            TransportError::Connect { source, .. } => failed(source),
-            other => other,
-        })?;
-        let listener = std::net::TcpListener::bind(&resolved[..]).map_err(failed)?;
+        let listener = std::net::TcpListener::bind(door::bare(addr)?).map_err(failed)?;
         listener.set_nonblocking(true).map_err(failed)?;
         let local_addr = door::name(listener.local_addr().map_err(failed)?);
         Ok(Self { listener, local_addr, limits })

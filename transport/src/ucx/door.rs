@@ -2,7 +2,7 @@
 //! open as long as the channel: its end is the first sign of a peer's death.
 
 use std::io::{self, Read, Write};
-use std::net::{TcpListener, TcpStream, ToSocketAddrs};
+use std::net::{TcpListener, TcpStream};
 use std::os::fd::{AsRawFd, RawFd};
 use std::time::{Duration, Instant};
 
@@ -11,7 +11,7 @@ use super::greeting::{self, Greeting};
 use super::inbox::{Inbox, Token};
 use super::sleep::Watched;
 use crate::handshake::{EXTRA_BYTES_MAX, Handshake, HandshakeError};
-use crate::{Credentials, Identity, Limits, TransportError, TransportKind};
+use crate::{Credentials, Identity, Limits, TransportError, TransportKind, names};
 
 /// The scheme of an address of this transport.
 pub const SCHEME: &str = "ucx://";
@@ -312,22 +312,16 @@ impl Guest {
 fn dial(addr: &str, deadline: Instant) -> Result<TcpStream, TransportError> {
     let bad =
         || TransportError::BadAddress { addr: addr.to_owned(), kind: TransportKind::Ucx, wanted: "ucx://host:port" };
-    let unreachable = |source| TransportError::Connect { peer: addr.to_owned(), source };
-    let host = addr.strip_prefix(SCHEME).ok_or_else(bad)?;
-    let resolved = host.to_socket_addrs().map_err(|error| match error.kind() {
+    let begun = Instant::now();
+    let at = addr.strip_prefix(SCHEME).ok_or_else(bad)?;
+    let connected = names::dial(at, deadline).and_then(|stream| prepare(&stream).map(|()| stream));
+    connected.map_err(|source| match source.kind() {
         io::ErrorKind::InvalidInput => bad(),
-        _ => unreachable(error),
-    })?;
-    let mut last = io::Error::new(io::ErrorKind::NotFound, "the name has no address");
-    for to in resolved {
-        // A timeout of zero would be refused; one millisecond past the deadline is near enough.
-        let left = deadline.saturating_duration_since(Instant::now()).max(Duration::from_millis(1));
-        match TcpStream::connect_timeout(&to, left).and_then(|stream| prepare(&stream).map(|()| stream)) {
-            Ok(stream) => return Ok(stream),
-            Err(error) => last = error,
+        io::ErrorKind::TimedOut if deadline <= Instant::now() => {
+            TransportError::Deadline { peer: addr.to_owned(), waited: begun.elapsed() }
         }
-    }
-    Err(unreachable(last))
+        _ => TransportError::Connect { peer: addr.to_owned(), source },
+    })
 }
 
 fn prepare(stream: &TcpStream) -> io::Result<()> {

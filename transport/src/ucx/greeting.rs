@@ -12,7 +12,7 @@ pub const ADDRESS_BYTES_MAX: usize = 4096;
 /// One end of a channel.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Greeting {
-    /// The running kernel, so that the ends know whether they can share memory.
+    /// The running kernel and the namespaces on it, so that the ends know whether they can share memory.
     pub host: [u8; 16],
     /// Whether its options let UCX share memory.
     pub shares_memory: bool,
@@ -62,14 +62,30 @@ impl Greeting {
     }
 }
 
-/// What tells this running kernel from every other; all zero where the system does not say, which matches itself only on
-/// machines that do not say either, and then UCX finds out on its own that memory cannot be shared.
+/// What tells this running kernel, and on it the processes that can share memory, from every other; all zero where the
+/// system does not say, which matches itself only on machines that do not say either, and then UCX finds out on its own
+/// that memory cannot be shared.
+///
+/// UCX opens a peer's memory by the peer's process number and wakes it over a socket whose name is the network
+/// namespace's: two containers that share memory alone would wait for each other forever.
 pub fn host() -> [u8; 16] {
-    let text = std::fs::read_to_string("/proc/sys/kernel/random/boot_id").unwrap_or_default();
-    let digits: Vec<u8> = text.chars().filter_map(|c| c.to_digit(16)).map(|digit| digit as u8).collect();
+    let boot = std::fs::read_to_string("/proc/sys/kernel/random/boot_id").unwrap_or_default();
+    let namespace = |kind| std::fs::read_link(format!("/proc/self/ns/{kind}")).unwrap_or_default();
+    let [processes, network] = ["pid", "net"].map(|kind| namespace(kind).to_string_lossy().into_owned());
+    host_of(&boot, &processes, &network)
+}
+
+/// The kernel's `boot` id (32 hexadecimal digits), and in each of its halves a namespace (as in `pid:[4026531836]`).
+fn host_of(boot: &str, processes: &str, network: &str) -> [u8; 16] {
+    let digits: Vec<u8> = boot.chars().filter_map(|c| c.to_digit(16)).map(|digit| digit as u8).collect();
     let mut host = [0; 16];
     for (byte, pair) in host.iter_mut().zip(digits.chunks_exact(2)) {
         *byte = pair[0] << 4 | pair[1];
+    }
+    for (half, namespace) in host.chunks_exact_mut(8).zip([processes, network]) {
+        let number: String = namespace.chars().filter(char::is_ascii_digit).collect();
+        let number: u64 = number.parse().unwrap_or_default();
+        half.iter_mut().zip(number.to_le_bytes()).for_each(|(byte, with)| *byte ^= with);
     }
     host
 }
@@ -118,6 +134,19 @@ mod tests {
             assert!(here.watched_with(&other));
             assert!(other.watched_with(&here));
         }
+    }
+
+    #[test]
+    fn another_kernel_and_another_container_are_other_hosts() {
+        let (boot, other_boot) = ("4ad1e9d8-9a4c-4a3b-8d1e-0b6c6f6c0001", "4ad1e9d8-9a4c-4a3b-8d1e-0b6c6f6c0002");
+        let (pid, other_pid) = ("pid:[4026531836]", "pid:[4026532277]");
+        let (net, other_net) = ("net:[4026531840]", "net:[4026532280]");
+        let here = host_of(boot, pid, net);
+        assert_eq!(here, host_of(boot, pid, net));
+        for other in [(boot, other_pid, net), (boot, pid, other_net), (other_boot, pid, net)] {
+            assert_ne!(here, host_of(other.0, other.1, other.2), "{other:?}");
+        }
+        assert_eq!(host_of("", "", ""), [0; 16], "a system that does not say");
     }
 
     #[test]

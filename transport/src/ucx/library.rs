@@ -47,6 +47,15 @@ pub enum UcxError {
         /// UCX's words.
         reason: String,
     },
+    /// UCX does not get what it needs to begin.
+    #[error(
+        "UCX cannot set its queues up: {reason}; give /dev/shm some megabytes more (docker run --shm-size), or leave \
+         shared memory out (UCX_TLS=tcp,self)"
+    )]
+    NoWorker {
+        /// UCX's words.
+        reason: String,
+    },
     /// A call failed.
     #[error("{call} failed: {reason} ({code})")]
     Call {

@@ -30,6 +30,11 @@ mod worker;
 
 use std::path::PathBuf;
 
+use crate::Limits;
+use crate::buffer::Window;
+use inbox::Inbox;
+use worker::Worker;
+
 pub use bound::UcxBound;
 pub use library::{UcxError, UcxInfo};
 pub use transport::UcxTransport;
@@ -51,5 +56,10 @@ pub struct UcxOptions {
 pub fn probe(options: &UcxOptions) -> Result<UcxInfo, UcxError> {
     let context = library::Context::new(options)?;
     let (major, minor, release) = context.ucp.version();
-    Ok(UcxInfo { version: format!("{major}.{minor}.{release}"), transports: context.transports() })
+    let info = UcxInfo { version: format!("{major}.{minor}.{release}"), transports: context.transports() };
+    // A context is only plans: whether there is memory for queues shows with a worker, which no peer will talk to.
+    let limits = Limits::default();
+    let window = Window::new(limits.bodies_max, limits.body_bytes_max);
+    Worker::new(context, Inbox::new(window, limits.body_bytes_max, limits.channels_max))?;
+    Ok(info)
 }

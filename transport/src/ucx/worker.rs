@@ -99,7 +99,9 @@ impl Worker {
         let mut raw: sys::ucp_worker_h = std::ptr::null_mut();
         // SAFETY: a live context, and parameters that outlive the call.
         let status = unsafe { context.ucp.ucp_worker_create(context.raw, &raw const params, &raw mut raw) };
-        check(&context.ucp, "ucp_worker_create", status)?;
+        if status != sys::ucs_status_t::UCS_OK {
+            return Err(UcxError::NoWorker { reason: status_words(&context.ucp, status) });
+        }
         let worker = Self { raw, context, inbox, ops: Vec::new(), spare_heads: Vec::new() };
         worker.handle(AM_FRAME, inbox::on_frame)?;
         worker.handle(AM_ACK, inbox::on_ack)?;
