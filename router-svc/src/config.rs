@@ -65,8 +65,10 @@ pub struct RouterConfig {
     pub debounce: Duration,
     /// How long a lost expert node may come back before its copies are made elsewhere, if all experts have other holders.
     pub absence_max: Duration,
-    /// How often load and speed are compared with the placement.
+    /// How often speed, and load as last taken, are compared with the placement.
     pub balance_every: Duration,
+    /// How often load is taken anew for that.
+    pub rates_every: Duration,
     /// Further copies that the hottest experts get, over all layers.
     pub hot_replicas: usize,
     /// Bytes of experts that one change of the view loads at most, beside experts that nobody holds.
@@ -105,6 +107,7 @@ impl Default for RouterConfig {
             debounce: Duration::from_millis(50),
             absence_max: Duration::from_secs(2),
             balance_every: Duration::from_secs(3),
+            rates_every: Duration::from_secs(30),
             hot_replicas: 0,
             moves_bytes_max: 1 << 30,
             backoff_min: Duration::from_millis(250),
@@ -162,6 +165,7 @@ impl RouterConfig {
             debounce: self.debounce,
             absence_max: self.absence_max,
             balance_every: self.balance_every,
+            rates_every: self.rates_every,
             hot_replicas: self.hot_replicas,
             moves_bytes_max: self.moves_bytes_max,
             suspicion_max: self.heartbeat * SUSPECT_HEARTBEATS,

@@ -41,8 +41,10 @@ pub struct Policy {
     /// How long a lost expert node may come back before its copies are made elsewhere, as long as every expert has another
     /// holder.
     pub absence_max: Duration,
-    /// How often load and speed are compared with the placement.
+    /// How often speed, and load as last taken, are compared with the placement.
     pub balance_every: Duration,
+    /// How often load is taken anew for that.
+    pub rates_every: Duration,
     /// Further copies that the hottest experts get.
     pub hot_replicas: usize,
     /// Bytes of experts that one change loads at most, beside those that nobody holds.
@@ -163,6 +165,9 @@ pub struct Mesh {
     /// When load and speed are to be compared with the placement.
     balance_at: Instant,
     loads: Loads,
+    /// Rows a second of each expert as placement counts them, and when they are taken anew.
+    rates: Vec<f64>,
+    rates_at: Instant,
     /// Changes abandoned in a row.
     abandoned: u32,
     actions: Vec<Action>,
@@ -181,6 +186,8 @@ impl Mesh {
             review: None,
             balance_at: Instant::now(),
             loads: Loads::default(),
+            rates: Vec::new(),
+            rates_at: Instant::now(),
             abandoned: 0,
             actions: Vec::new(),
         }
@@ -517,7 +524,7 @@ impl Mesh {
             experts: per_layer,
             nodes: &nodes,
             replicas,
-            loads: &self.loads.rates(moe_layers.len() * per_layer),
+            loads: &self.rates,
             hot_replicas: self.policy.hot_replicas,
             moves_max: usize::try_from(self.policy.moves_bytes_max / expert_bytes).unwrap_or(usize::MAX).max(1),
             before: self.view.as_ref().map(|v| &v.placement),
@@ -546,6 +553,7 @@ impl Mesh {
             return Err(MeshError::new(Code::Overloaded, what));
         }
         self.measure_speeds();
+        self.measure_rates(now);
         let Some((view, placed)) = self.plan() else { return Ok((v1::RebalanceResponse::default(), Vec::new())) };
         let moves = placed.moves.iter().map(|m| v1::ExpertMove {
             layer: m.layer.0.into(),
@@ -587,10 +595,21 @@ impl Mesh {
         }
     }
 
+    /// Takes over what each expert has had to do. Not at every look: loads waver, and experts are not to be moved about for that.
+    fn measure_rates(&mut self, now: Instant) {
+        self.rates_at = now + self.policy.rates_every;
+        let Some(first) = self.members.sameness() else { return };
+        let registration = &first.registration;
+        self.rates = self.loads.rates(registration.moe_layers.len() * registration.sameness.model.experts as usize);
+    }
+
     /// Looks whether load or speed ask for another placement.
     fn balance(&mut self, now: Instant) {
         self.balance_at = now + self.policy.balance_every;
         self.measure_speeds();
+        if self.rates_at <= now {
+            self.measure_rates(now);
+        }
         if self.view.is_some() && self.change.is_none() && self.review.is_none() {
             self.begin(now);
         }

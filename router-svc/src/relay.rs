@@ -252,7 +252,11 @@ impl Relaying {
                 let id = &self.request.request_id;
                 tracing::info!(request = id, node = label, %error, "request goes on at another attention node");
                 self.at = None;
-                self.place(Some((node, error))).await?;
+                tokio::select! {
+                    biased;
+                    () = out.closed() => return Ok(Next::Done),
+                    placed = self.place(Some((node, error))) => placed?,
+                }
                 return Ok(Next::More);
             }
         };

@@ -27,6 +27,7 @@ fn policy() -> Policy {
         absence_max: Duration::ZERO,
         suspicion_max: Duration::from_millis(600),
         balance_every: Duration::from_secs(3600),
+        rates_every: Duration::from_secs(3600),
         hot_replicas: 0,
         moves_bytes_max: u64::MAX,
         backoff_min: Duration::from_secs(1),
@@ -374,4 +375,88 @@ proptest::proptest! {
         members.sort();
         proptest::prop_assert_eq!(members, w.mesh.members().iter().map(|n| n.id).collect::<Vec<_>>());
     }
+}
+
+/// The view that was in force last, as the answers to all of `actions` make it.
+fn settled(w: &mut World, actions: Vec<Action>) -> Arc<View> {
+    w.obey(actions);
+    Arc::clone(w.mesh.view().unwrap())
+}
+
+#[test]
+fn a_drained_expert_node_is_dismissed_once_the_view_is_without_it() {
+    let (mut w, _, [first, second]) = World::served();
+    let actions = w.on(Event::Draining(second, "asked".into()));
+    assert_eq!(gone(&actions), [], "it serves until another holds its experts");
+    assert!(!World::prepared_by(&actions).contains(&second));
+    let (mut queue, mut dismissed) = (std::collections::VecDeque::from(actions), Vec::new());
+    while let Some(action) = queue.pop_front() {
+        match action {
+            Action::Send(node, Order::Prepare(view)) => queue.extend(w.on(Event::Prepared(node, view.id))),
+            Action::Send(node, Order::Commit(view)) => queue.extend(w.on(Event::Committed(node, view))),
+            Action::Gone { node, drained, .. } => dismissed.push((node, drained)),
+            _ => {}
+        }
+    }
+    assert_eq!(dismissed, [(second, true)]);
+    let view = w.mesh.view().unwrap();
+    assert_eq!(view.experts.iter().map(|m| m.node).collect::<Vec<_>>(), [first]);
+}
+
+#[test]
+fn requests_of_a_drained_attention_node_are_handed_over_and_who_is_the_last_goes_at_once() {
+    let (mut w, a, _) = World::served();
+    let other = w.join(Role::Attention);
+    let actions = w.settle();
+    settled(&mut w, actions);
+    let actions = w.on(Event::Draining(a, "asked".into()));
+    assert!(actions.contains(&Action::HandOver(a)), "{actions:?}");
+    settled(&mut w, actions);
+    assert!(w.mesh.members().get(a).is_none());
+    let actions = w.on(Event::Draining(other, "asked".into()));
+    let ended = Action::Gone { node: other, why: "drained".into(), in_order: true, drained: true };
+    assert!(actions.contains(&ended), "nobody could take over: {actions:?}");
+}
+
+#[test]
+fn a_node_that_others_wait_for_is_lost_when_its_heartbeats_are_missing_too() {
+    let (mut w, a, [first, second]) = World::served();
+    let seen = |slot| Event::Evidence(a, ViewId(1), Slot(slot), "no answer".into());
+    w.now += Duration::from_millis(200);
+    w.on(Event::Heartbeat(first, v1::NodeLoad::default()));
+    w.now += Duration::from_millis(300);
+    w.on(seen(0));
+    w.on(seen(1));
+    w.on(Event::Heartbeat(first, v1::NodeLoad::default()));
+    let actions = w.after(Duration::from_millis(150));
+    assert_eq!(gone(&actions).iter().map(|(node, _)| *node).collect::<Vec<_>>(), [second]);
+    w.on(Event::Evidence(a, ViewId(9), Slot(0), "of no view in force".into()));
+    assert_eq!(gone(&w.after(Duration::from_secs(5))), []);
+}
+
+#[test]
+fn copies_of_a_lost_node_wait_for_its_return_while_others_hold_all_experts() {
+    let mut w = World::new();
+    w.mesh = Mesh::new(Policy { replicas: 2, absence_max: Duration::from_secs(2), ..policy() });
+    let _attention = w.join(Role::Attention);
+    let experts = [w.join(Role::Expert), w.join(Role::Expert), w.join(Role::Expert)];
+    let actions = w.settle();
+    let before = settled(&mut w, actions);
+    assert_eq!(World::prepared_by(&w.on(Event::Lost(experts[2], "killed".into()))), []);
+    assert!(w.mesh.is_serving());
+    let back = w.join(Role::Expert);
+    let actions = w.settle();
+    assert!(World::prepared_by(&actions).contains(&back));
+    let after = settled(&mut w, actions);
+    assert_eq!(after.placement, before.placement, "it takes its slot's experts again");
+    w.on(Event::Lost(back, "killed".into()));
+    let actions = w.after(Duration::from_secs(2));
+    let without = settled(&mut w, actions);
+    assert!(without.placement.table().iter().all(|holders| holders.len() == 2), "its copies are made elsewhere");
+    // Without a second copy nothing is waited for.
+    let actions = w.on(Event::Lost(experts[1], "killed".into()));
+    settled(&mut w, actions);
+    let actions = w.on(Event::Lost(experts[0], "killed".into()));
+    assert_eq!(World::prepared_by(&actions), [], "nobody is left");
+    assert!(!w.mesh.is_serving());
 }
