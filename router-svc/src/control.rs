@@ -115,7 +115,7 @@ impl Session {
 
 fn event(node: NodeId, message: v1::NodeMessage) -> Option<Event> {
     Some(match message.message? {
-        Message::Heartbeat(load) => Event::Heartbeat(node, load),
+        Message::Heartbeat(load) => Event::Heartbeat(node, Box::new(load)),
         Message::Prepared(v) => Event::Prepared(node, ViewId(v.view)),
         Message::Failed(v) => Event::Failed(node, ViewId(v.view), v.reason),
         Message::Committed(v) => Event::Committed(node, ViewId(v.view)),

@@ -65,7 +65,7 @@ pub enum Event {
     /// A node opened its session.
     Joined(NodeId),
     /// A node's sign of life.
-    Heartbeat(NodeId, v1::NodeLoad),
+    Heartbeat(NodeId, Box<v1::NodeLoad>),
     /// A node could commit the view.
     Prepared(NodeId, ViewId),
     /// A node cannot take the view, and why.
@@ -258,7 +258,7 @@ impl Mesh {
             }
             Event::Heartbeat(node, load) => {
                 self.loads.heartbeat(node, &load, now);
-                self.members.heartbeat(node, load, now);
+                self.members.heartbeat(node, *load, now);
             }
             Event::Prepared(node, view) => {
                 self.answered(node, view, |phase| matches!(phase, Phase::Preparing), now);

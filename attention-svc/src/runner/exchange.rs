@@ -431,7 +431,7 @@ impl Exchange {
             let sent = &self.sent[of.lane.index()][index];
             let node = self.nodes.get(sent.slot.index()).copied().flatten().unwrap_or_default();
             let (slot, layer) = (sent.slot, of.layer);
-            if !self.peers.get(&node).is_some_and(|p| p.member.slot == slot) {
+            if self.peers.get(&node).is_none_or(|p| p.member.slot != slot) {
                 let lost = RunError::NodeLost { slot, node, what: "its channel closed".into() };
                 return Some((index, sent.at, lost, false));
             }

@@ -561,6 +561,7 @@ proptest! {
         mesh.settle();
         mesh.nodes.push(node(nodes));
         mesh.settle();
-        prop_assert!((0.75..1.25).contains(&mesh.share(nodes)), "{}", mesh.share(nodes));
+        // Two experts of a layer for each node, one of them heavy, cannot be cut finer.
+        prop_assert!((0.6..1.4).contains(&mesh.share(nodes)), "{}", mesh.share(nodes));
     }
 }

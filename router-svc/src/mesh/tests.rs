@@ -299,8 +299,8 @@ fn a_lapsed_lease_is_a_death_and_a_registration_without_session_lapses_too() {
     assert_eq!(gone(&actions)[0].0, unclaimed);
     assert_eq!(World::prepared_by(&actions), [], "it was in no view");
     w.now += Duration::from_secs(900);
-    w.on(Event::Heartbeat(a, v1::NodeLoad::default()));
-    w.on(Event::Heartbeat(e[1], v1::NodeLoad::default()));
+    w.on(Event::Heartbeat(a, Box::default()));
+    w.on(Event::Heartbeat(e[1], Box::default()));
     let actions = w.after(Duration::from_secs(100));
     assert_eq!(gone(&actions).len(), 1);
     assert!(gone(&actions)[0].1.contains("lease"));
@@ -423,11 +423,11 @@ fn a_node_that_others_wait_for_is_lost_when_its_heartbeats_are_missing_too() {
     let (mut w, a, [first, second]) = World::served();
     let seen = |slot| Event::Evidence(a, ViewId(1), Slot(slot), "no answer".into());
     w.now += Duration::from_millis(200);
-    w.on(Event::Heartbeat(first, v1::NodeLoad::default()));
+    w.on(Event::Heartbeat(first, Box::default()));
     w.now += Duration::from_millis(300);
     w.on(seen(0));
     w.on(seen(1));
-    w.on(Event::Heartbeat(first, v1::NodeLoad::default()));
+    w.on(Event::Heartbeat(first, Box::default()));
     let actions = w.after(Duration::from_millis(150));
     assert_eq!(gone(&actions).iter().map(|(node, _)| *node).collect::<Vec<_>>(), [second]);
     w.on(Event::Evidence(a, ViewId(9), Slot(0), "of no view in force".into()));
