@@ -263,7 +263,8 @@ impl DispatchPlan {
         }
         let from = &mut self.destinations[lost];
         let rows = std::mem::take(&mut from.rows);
-        (from.pairs_per_row.clear(), from.experts.clear());
+        from.pairs_per_row.clear();
+        from.experts.clear();
         for row in rows {
             let contributions = &mut self.contributions[row as usize * self.k..(row as usize + 1) * self.k];
             for contribution in contributions.iter_mut().filter(|c| c.source.destination as usize == lost) {
