@@ -164,6 +164,7 @@ impl Runner {
     pub fn step(&mut self, step: &Step<'_>) -> Result<StepOutput, RunError> {
         // What arrived since the last step: closed channels above all.
         self.exchange.pump();
+        self.exchange.count_transport();
         self.reconnect();
         self.counters.profile.lap(StepPart::Wait);
         if self.exchange.serving().is_none() {
@@ -245,6 +246,7 @@ impl Runner {
         let until = lacking.into_iter().chain(self.exchange.next_try()).fold(deadline, Instant::min);
         self.exchange.sleep(until);
         self.exchange.pump();
+        self.exchange.count_transport();
         self.reconnect();
     }
 
