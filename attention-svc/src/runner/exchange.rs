@@ -105,6 +105,8 @@ pub(super) struct Exchange {
     events: Vec<Event>,
     /// Nodes lost since the last [`Exchange::take_lost`].
     lost: Vec<(Slot, String)>,
+    /// Whether a channel closed since the last [`Exchange::take_closed`].
+    closed: bool,
     counters: Arc<RunnerCounters>,
 }
 
@@ -129,6 +131,7 @@ impl Exchange {
             sent: (0..limits.lanes).map(|_| Vec::new()).collect(),
             events: Vec::new(),
             lost: Vec::new(),
+            closed: false,
             counters,
         }
     }
@@ -594,6 +597,7 @@ impl Exchange {
         if self.nodes.get(slot.index()).copied().flatten() == Some(node) {
             self.health.set_connected(slot, false);
             self.lost.push((slot, what.to_owned()));
+            self.closed = true;
         }
     }
 
@@ -605,6 +609,11 @@ impl Exchange {
     /// Sleeps until something happens on the transport, a wake-up, or `deadline`.
     pub fn sleep(&mut self, deadline: Instant) {
         self.transport.wait(deadline);
+    }
+
+    /// Whether a channel of the committed view closed since the last call.
+    pub fn take_closed(&mut self) -> bool {
+        std::mem::take(&mut self.closed)
     }
 
     /// What was seen of nodes lost since the last call.

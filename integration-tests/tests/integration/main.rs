@@ -4,6 +4,7 @@ mod bad_frames;
 mod bad_input;
 mod dependencies;
 mod drills;
+mod faults;
 mod goldens;
 mod invariance;
 mod processes;

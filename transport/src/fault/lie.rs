@@ -16,7 +16,8 @@ pub(super) fn tell(fault: Fault, header: &mut FrameHeader) -> bool {
         return false;
     }
     match fault {
-        Fault::Stale if header.view.0 > 0 => header.view = ViewId(header.view.0 - 1),
+        // The view before is served on for a while, the one before that is not.
+        Fault::Stale if header.view.0 > 0 => header.view = ViewId(header.view.0.saturating_sub(1 + header.seq.0 % 2)),
         Fault::WrongLane => header.lane = Lane(header.lane.0.wrapping_add(1)),
         Fault::WrongLayer => header.layer = LayerId(header.layer.0.wrapping_add(1)),
         Fault::WrongSeq => header.seq = Seq(header.seq.0 | NO_SEQ),
