@@ -8,7 +8,7 @@ use mesh_core::Slot;
 use mesh_kernels::Dtype;
 use mesh_service::advertise::Host;
 use mesh_transport::local::LocalHub;
-use mesh_transport::{Limits, TransportChoice};
+use mesh_transport::{FaultSpec, Limits, TransportChoice};
 
 use crate::error::AttentionError;
 use crate::scheduler::SchedulerLimits;
@@ -75,6 +75,8 @@ pub struct AttentionConfig {
     pub drain_max: Duration,
     /// Bounds of the data plane.
     pub transport_limits: Limits,
+    /// Faults to be made on the data plane, for tests and drills only.
+    pub faults: Option<FaultSpec>,
 }
 
 impl AttentionConfig {
@@ -130,6 +132,7 @@ impl AttentionConfig {
             rejoin_for: Self::REJOIN_FOR,
             drain_max: Self::DRAIN_MAX,
             transport_limits: Limits::default(),
+            faults: None,
         }
     }
 

@@ -14,7 +14,7 @@ use mesh_proto::v1::attention_server::AttentionServer;
 use mesh_service::advertise;
 use mesh_service::membership::{Evidence, NodeSpec, Registration, register};
 use mesh_transport::frame::PROTOCOL_VERSION;
-use mesh_transport::{Credentials, Identity, Transport, TransportKind, choose};
+use mesh_transport::{Credentials, Identity, Transport, TransportKind, choose, fault};
 use tokio::net::TcpListener;
 use tokio::sync::{mpsc, oneshot};
 use tokio_util::sync::CancellationToken;
@@ -282,7 +282,8 @@ fn transport(
     let identity = Identity { node: *node, role: Role::Attention, slot: *slot, model: spec.model_digest };
     let credentials = Credentials { secret: *secret, identity };
     let kind = choose(config.transport).kind;
-    Ok(mesh_transport::client(kind, config.transport_limits.clone(), config.hub.clone(), credentials)?)
+    let transport = mesh_transport::client(kind, config.transport_limits.clone(), config.hub.clone(), credentials)?;
+    Ok(fault::wrap(transport, config.faults.as_ref()))
 }
 
 fn runner(

@@ -8,7 +8,7 @@ use mesh_core::Slot;
 use mesh_kernels::Dtype;
 use mesh_service::advertise::Host;
 use mesh_transport::local::LocalHub;
-use mesh_transport::{Limits, TransportChoice};
+use mesh_transport::{FaultSpec, Limits, TransportChoice};
 
 /// What an expert node is started with.
 #[derive(Clone)]
@@ -50,6 +50,8 @@ pub struct ExpertConfig {
     pub linger: Duration,
     /// Bounds of the data plane.
     pub transport_limits: Limits,
+    /// Faults to be made on the data plane, for tests and drills only.
+    pub faults: Option<FaultSpec>,
     /// Bounds of the engine.
     pub limits: EngineLimits,
 }
@@ -113,6 +115,7 @@ impl ExpertConfig {
             drain_max: Self::DRAIN_MAX,
             linger: Self::LINGER,
             transport_limits: Limits::default(),
+            faults: None,
             limits: EngineLimits::default(),
         }
     }

@@ -6,6 +6,7 @@ use std::sync::{Mutex, PoisonError};
 
 use mesh_proto::v1;
 use mesh_service::profile::{Part, Profile};
+use mesh_transport::TransportStats;
 
 /// Why a frame was not answered with rows.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -91,8 +92,8 @@ pub struct Counters {
     /// Rows that each expert of the model computed, and bytes of one expert.
     expert_rows: Vec<AtomicU64>,
     expert_bytes: u64,
-    /// Peers and channels that the transport turned away before any frame, by its own names.
-    turned_away: Mutex<BTreeMap<&'static str, u64>>,
+    /// What the transport turned away before the engine saw it, and faults made on purpose, by its own names.
+    of_transport: Mutex<BTreeMap<&'static str, u64>>,
 }
 
 /// Statistics are read alone, never to order other memory.
@@ -131,8 +132,10 @@ impl Counters {
         self.refused[why as usize].fetch_add(1, ORDER);
     }
 
-    pub(crate) fn set_turned_away(&self, turned_away: BTreeMap<&'static str, u64>) {
-        *self.turned_away.lock().unwrap_or_else(PoisonError::into_inner) = turned_away;
+    /// What the transport counted by now.
+    pub(crate) fn set_transport(&self, stats: &TransportStats) {
+        let both = stats.refused.iter().chain(&stats.injected).map(|(name, count)| (*name, *count));
+        *self.of_transport.lock().unwrap_or_else(PoisonError::into_inner) = both.collect();
     }
 
     pub(crate) fn set_channels(&self, open: usize) {
@@ -158,7 +161,7 @@ impl Counters {
     pub fn load(&self, experts_held: usize) -> v1::NodeLoad {
         let refused = Refusal::ALL.iter().map(|r| (r.name().to_owned(), self.refused(*r)));
         let mut refused: HashMap<String, u64> = refused.filter(|(_, count)| *count > 0).collect();
-        for (name, count) in self.turned_away.lock().unwrap_or_else(PoisonError::into_inner).iter() {
+        for (name, count) in self.of_transport.lock().unwrap_or_else(PoisonError::into_inner).iter() {
             *refused.entry((*name).to_owned()).or_default() += count;
         }
         let mut load = v1::NodeLoad {
@@ -195,7 +198,9 @@ mod tests {
         assert_eq!(load.refused.len(), Refusal::ALL.len());
         assert_eq!((load.refused["stale_view"], load.refused["protocol"]), (1, 8));
         assert_eq!(load.experts_held, 5);
-        counters.set_turned_away(BTreeMap::from([("wrong_proof", 2)]));
-        assert_eq!(counters.load(5).refused["wrong_proof"], 2);
+        let (refused, injected) = (BTreeMap::from([("wrong_proof", 2)]), BTreeMap::from([("injected_drop", 3)]));
+        counters.set_transport(&TransportStats { refused, injected, ..TransportStats::default() });
+        let refused = counters.load(5).refused;
+        assert_eq!((refused["wrong_proof"], refused["injected_drop"]), (2, 3));
     }
 }

@@ -14,7 +14,7 @@ use mesh_proto::limits::SLOTS_MAX;
 use mesh_service::advertise::Host;
 use mesh_service::telemetry::LogArgs;
 use mesh_service::{config, shutdown};
-use mesh_transport::TransportChoice;
+use mesh_transport::{FaultSpec, TransportChoice};
 
 /// An expert node: holds routed experts, answers rows.
 #[derive(Debug, Parser)]
@@ -72,6 +72,9 @@ struct Flags {
     /// How long the router may take to hand over what the node holds when it is to stop, seconds.
     #[arg(long, env = "MESH_DRAIN_MAX", value_name = "SECONDS", default_value_t = ExpertConfig::DRAIN_MAX.as_secs())]
     drain_max: u64,
+    /// FOR TESTS AND DRILLS ONLY: harm this node's frames, as seed=7,drop=0.001,delay=0.01:2ms-20ms (docs/OPERATING.md).
+    #[arg(long, env = "MESH_FAULTS", value_name = "SPEC")]
+    faults: Option<FaultSpec>,
     #[command(flatten)]
     log: LogArgs,
 }
@@ -101,6 +104,7 @@ impl Flags {
             register_for: Duration::from_secs(self.register_for),
             rejoin_for: Duration::from_secs(self.rejoin_for),
             drain_max: Duration::from_secs(self.drain_max),
+            faults: self.faults,
             limits,
             ..ExpertConfig::new(self.model, self.router)
         }

@@ -12,7 +12,7 @@ use mesh_proto::v1;
 use mesh_service::advertise;
 use mesh_service::membership::{NodeSpec, Registration, register};
 use mesh_transport::frame::{PROTOCOL_VERSION, dispatch_body_bytes};
-use mesh_transport::{Bound, Credentials, Identity, TransportKind, choose};
+use mesh_transport::{Bound, Credentials, Identity, TransportKind, choose, fault};
 use tokio::sync::mpsc;
 use tokio_util::sync::CancellationToken;
 
@@ -155,6 +155,7 @@ async fn join(
     let (node, slot) = (registration.node, registration.slot);
     let identity = Identity { node, role: Role::Expert, slot, model: spec.model_digest };
     let transport = bound.start(Credentials { secret: registration.secret, identity })?;
+    let transport = fault::wrap(transport, config.faults.as_ref());
     let tables = Arc::new(Tables::default());
     let engine = Engine::new(EngineParts {
         transport,

@@ -66,6 +66,7 @@ pub struct MeshBuilder {
     transport: Transport,
     dtype: Dtype,
     extra: Vec<String>,
+    env: Vec<(String, String)>,
 }
 
 impl MeshBuilder {
@@ -123,6 +124,13 @@ impl MeshBuilder {
         self
     }
 
+    /// A variable of the environment of `meshctl up`, which its nodes inherit.
+    #[must_use]
+    pub fn env(mut self, name: &str, value: &str) -> Self {
+        self.env.push((name.to_owned(), value.to_owned()));
+        self
+    }
+
     fn args(&self) -> Vec<String> {
         let pairs = [
             ("--model", self.model.display().to_string()),
@@ -145,7 +153,13 @@ impl MeshBuilder {
         let folder = tempfile::tempdir().expect("a temporary folder");
         let log = std::fs::File::create(folder.path().join("log")).expect("a log file");
         let mut command = Command::new(binary("meshctl"));
-        command.args(self.args()).stdin(Stdio::null()).stdout(Stdio::piped()).stderr(log).kill_on_drop(true);
+        command
+            .args(self.args())
+            .envs(self.env.iter().cloned())
+            .stdin(Stdio::null())
+            .stdout(Stdio::piped())
+            .stderr(log)
+            .kill_on_drop(true);
         let mut child = command.spawn().expect("meshctl starts");
         let mut lines = BufReader::new(child.stdout.take().expect("stdout is piped")).lines();
         let line = soon("the ready line", lines.next_line()).await.expect("stdout is readable");
@@ -202,6 +216,7 @@ impl Mesh {
             transport: Transport::Local,
             dtype: Dtype::F32,
             extra: Vec::new(),
+            env: Vec::new(),
         }
     }
 

@@ -13,7 +13,7 @@ use local_mesh::{LocalMesh, LocalMeshConfig, NodeInfo};
 use mesh_kernels::Dtype;
 use mesh_service::telemetry::LogArgs;
 use mesh_service::{config, ready, shutdown};
-use mesh_transport::TransportChoice;
+use mesh_transport::{FaultSpec, TransportChoice};
 use serde::Serialize;
 
 /// A whole mesh in one process: router, attention and expert nodes.
@@ -57,6 +57,9 @@ struct Flags {
     /// Prompt tokens that a request may add to one step.
     #[arg(long, env = "MESH_PREFILL_CHUNK", value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
     prefill_chunk: Option<u32>,
+    /// FOR TESTS AND DRILLS ONLY: have attention nodes harm their frames, as seed=7,drop=0.001,delay=0.01:2ms-20ms.
+    #[arg(long, env = "MESH_FAULTS", value_name = "SPEC")]
+    faults: Option<FaultSpec>,
     /// How long the mesh may take until it serves, seconds.
     #[arg(long, value_name = "SECONDS", default_value_t = 600)]
     start_timeout: u64,
@@ -80,6 +83,7 @@ impl Flags {
         if let Some(tokens) = self.prefill_chunk {
             config.attention_node.limits.prefill_chunk = tokens;
         }
+        config.attention_node.faults = self.faults;
         config.router.replicas = self.replicas.into();
         config.grpc = self.grpc;
         config.start_max = Duration::from_secs(self.start_timeout);

@@ -129,8 +129,8 @@ pub struct UpArgs {
     /// Print nothing but the ready line: no progress, no words on stderr except errors and the nodes' logs.
     #[arg(long)]
     pub json: bool,
-    /// Faults of the data plane, which attention nodes are handed as MESH_FAULTS. Drills set it; no flag does.
-    #[arg(skip)]
+    /// FOR TESTS AND DRILLS ONLY: have attention nodes harm their frames, as seed=7,drop=0.001,delay=0.01:2ms-20ms.
+    #[arg(long, value_name = "SPEC")]
     pub faults: Option<String>,
 }
 

@@ -157,7 +157,11 @@ fn node_line(n: &NodeStatus) -> String {
         };
         words.push_str(&load);
         for (reason, count) in &l.refused {
-            let _ = write!(words, ", {count} refused ({reason})");
+            // Faults that a test makes are counted beside what was refused of them.
+            let _ = match reason.starts_with("injected_") || reason.starts_with("skipped_") {
+                true => write!(words, ", {count} {reason}"),
+                false => write!(words, ", {count} refused ({reason})"),
+            };
         }
     }
     let _ = write!(words, ", heard {} ms ago", n.since_heartbeat_ms);
@@ -218,7 +222,7 @@ mod tests {
 
     #[test]
     fn every_counter_of_a_node_is_in_the_json() {
-        let refused = [("stale view".to_owned(), 2)].into();
+        let refused = [("stale view".to_owned(), 2), ("injected_drop".to_owned(), 6)].into();
         let parts = vec![PartLoad { part: "qkv".into(), ns: 5, flops: 7, weight_bytes: 9 }];
         let load = NodeLoad { kv_blocks_free: 3, lanes_free: 2, streams_open: 1, refused, ..NodeLoad::default() };
         let load = NodeLoad { uptime_ns: 11, busy_ns: 6, parts, ..load };
@@ -234,6 +238,6 @@ mod tests {
         assert_eq!(load["refused"]["stale view"], 2);
         assert_eq!((&load["uptime_ns"], &load["busy_ns"]), (&11.into(), &6.into()));
         assert_eq!(load["parts"][0], json!({ "part": "qkv", "ns": 5, "flops": 7, "weight_bytes": 9 }));
-        assert!(to_text(&status).contains("2 refused (stale view)"));
+        assert!(to_text(&status).contains("2 refused (stale view)") && to_text(&status).contains(", 6 injected_drop"));
     }
 }

@@ -85,6 +85,7 @@ fn local_args(args: &UpArgs) -> Vec<String> {
     pairs.extend(args.cache_dir.iter().map(|dir| ("--cache-dir", dir.display().to_string())));
     pairs.extend(args.kv_pages.map(|pages| ("--kv-pages", pages.to_string())));
     pairs.extend(args.prefill_chunk.map(|tokens| ("--prefill-chunk", tokens.to_string())));
+    pairs.extend(args.faults.clone().map(|faults| ("--faults", faults)));
     let flags = args.no_bind.then(|| "--no-bind".to_owned());
     pairs.into_iter().flat_map(|(flag, value)| [flag.to_owned(), value]).chain(flags).collect()
 }

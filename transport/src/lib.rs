@@ -9,6 +9,7 @@
 //! - [`handshake`]: how both ends of a channel prove themselves
 //! - [`error`] and [`stats`]: what went wrong, and how much went well
 //! - [`local`], [`tcp`], [`ucx`]: the backends
+//! - [`fault`]: a wrapper that harms frames on purpose, for tests and drills
 //! - [`choose`](mod@choose): which backend, and why not the faster one
 //! - `names`: from `host:port` to a connected socket
 //! - `spin`: how long a blocked wait spins before it sleeps
@@ -19,6 +20,7 @@
 pub mod buffer;
 pub mod choose;
 pub mod error;
+pub mod fault;
 pub mod frame;
 pub mod handshake;
 pub mod local;
@@ -32,11 +34,13 @@ pub mod ucx;
 use std::time::{Duration, Instant};
 
 use buffer::FrameBuf;
+use fault::Way;
 use frame::FrameHeader;
 use mesh_core::{NodeId, Role, Slot};
 
 pub use choose::{Choice, TransportChoice, choose};
 pub use error::TransportError;
+pub use fault::FaultSpec;
 pub use local::LocalHub;
 pub use open::{Bound, bind, client};
 pub use stats::TransportStats;
@@ -165,6 +169,15 @@ pub enum Event {
     },
 }
 
+impl Event {
+    /// The channel that it is about.
+    pub fn channel(&self) -> ChannelId {
+        match self {
+            Event::Accepted { channel, .. } | Event::Frame { channel, .. } | Event::Closed { channel, .. } => *channel,
+        }
+    }
+}
+
 /// Wakes a transport's thread out of [`Transport::wait`] from any other thread. Cheap to clone.
 pub trait Wake: Send + Sync {
     /// Makes the present or the next `wait` return. Wakes are not counted: many may be seen as one.
@@ -212,4 +225,10 @@ pub trait Transport: Send {
 
     /// What was counted so far.
     fn stats(&self) -> TransportStats;
+
+    /// Flips a bit in the header of the next frame that goes `way` over a channel, behind the back of what checks headers;
+    /// whether this backend can. For [`fault`] alone, so that the real check meets real damage.
+    fn damage_next(&mut self, _channel: ChannelId, _way: Way, _bit: u16) -> bool {
+        false
+    }
 }

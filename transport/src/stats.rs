@@ -15,6 +15,8 @@ pub struct TransportStats {
     pub bytes_received: u64,
     /// Peers and channels turned away, by reason.
     pub refused: BTreeMap<&'static str, u64>,
+    /// Faults made on purpose, by name: see [`crate::fault`].
+    pub injected: BTreeMap<&'static str, u64>,
     /// Bodies of the window that are in use now.
     pub bodies_in_use: usize,
     /// Channels open now.

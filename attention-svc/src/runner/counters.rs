@@ -8,6 +8,7 @@ use std::time::Duration;
 use mesh_core::Slot;
 use mesh_kernels::{Ffn, Matrix};
 use mesh_service::profile::{Part, Profile, Work};
+use mesh_transport::TransportStats;
 
 /// The parts of a step, in its order. The engine begins and ends the step, the runner laps between.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -106,6 +107,8 @@ pub struct RunnerCounters {
     replayed: AtomicU64,
     waits: Mutex<BTreeMap<Slot, Waits>>,
     refused: Mutex<BTreeMap<&'static str, u64>>,
+    /// What the transport turned away before the runner saw it, and faults made on purpose, by its own names.
+    of_transport: Mutex<BTreeMap<&'static str, u64>>,
 }
 
 /// A reading of [`RunnerCounters`].
@@ -174,6 +177,21 @@ impl RunnerCounters {
         *refused.entry(why).or_default() += 1;
     }
 
+    /// What the transport counted by now.
+    pub(super) fn set_transport(&self, stats: &TransportStats) {
+        let both = stats.refused.iter().chain(&stats.injected).map(|(name, count)| (*name, *count));
+        *self.of_transport.lock().unwrap_or_else(std::sync::PoisonError::into_inner) = both.collect();
+    }
+
+    /// What was refused, here and by the transport, and faults made on purpose.
+    fn read_refused(&self) -> BTreeMap<&'static str, u64> {
+        let mut refused = self.refused.lock().unwrap_or_else(std::sync::PoisonError::into_inner).clone();
+        for (name, count) in self.of_transport.lock().unwrap_or_else(std::sync::PoisonError::into_inner).iter() {
+            *refused.entry(name).or_default() += count;
+        }
+        refused
+    }
+
     /// All of them now. Single counters are exact; together they are not one instant's.
     pub fn read(&self) -> RunnerReading {
         RunnerReading {
@@ -188,7 +206,7 @@ impl RunnerCounters {
             server_ns: self.server_ns.load(Relaxed),
             replayed: self.replayed.load(Relaxed),
             waits: self.waits.lock().unwrap_or_else(std::sync::PoisonError::into_inner).clone(),
-            refused: self.refused.lock().unwrap_or_else(std::sync::PoisonError::into_inner).clone(),
+            refused: self.read_refused(),
         }
     }
 }

@@ -67,6 +67,8 @@ struct Sent {
     at: Instant,
     /// What it asks for, in the units of [`peers::work`].
     work: f64,
+    /// Bytes that its answer must have.
+    answer_bytes: usize,
     /// Its node refused it.
     refused: Option<AbortReason>,
     answer: Option<FrameBuf>,
@@ -103,6 +105,8 @@ pub(super) struct Exchange {
     events: Vec<Event>,
     /// Nodes lost since the last [`Exchange::take_lost`].
     lost: Vec<(Slot, String)>,
+    /// Whether a channel closed since the last [`Exchange::take_closed`].
+    closed: bool,
     counters: Arc<RunnerCounters>,
 }
 
@@ -127,6 +131,7 @@ impl Exchange {
             sent: (0..limits.lanes).map(|_| Vec::new()).collect(),
             events: Vec::new(),
             lost: Vec::new(),
+            closed: false,
             counters,
         }
     }
@@ -311,10 +316,10 @@ impl Exchange {
         plan: &DispatchPlan,
         rows: Rows<'_>,
     ) -> Result<(), RunError> {
-        for (index, (Owed { slot, seq, .. }, work)) in owed.iter().enumerate().map(|(i, o)| (first + i, o)) {
-            let sent = Sent { slot: *slot, seq: *seq, at: Instant::now(), work: *work, refused: None, answer: None };
-            self.sent[of.lane.index()].push(sent);
-            self.send_chunk(of, index, *seq, &plan.destinations()[of.chunks[index].destination], rows)?;
+        for (index, (Owed { slot, seq, pairs }, work)) in owed.iter().enumerate().map(|(i, o)| (first + i, *o)) {
+            let (at, answer_bytes) = (Instant::now(), pairs as usize * of.row_bytes);
+            self.sent[of.lane.index()].push(Sent { slot, seq, at, work, answer_bytes, refused: None, answer: None });
+            self.send_chunk(of, index, seq, &plan.destinations()[of.chunks[index].destination], rows)?;
         }
         Ok(())
     }
@@ -442,10 +447,10 @@ impl Exchange {
             quiet.then(|| (index, sent.at, RunError::Silent { slots: vec![slot], waited: silence }, true))
         });
         let (index, at, error, silent) = found?;
-        let slot = self.sent[of.lane.index()][index].slot;
+        let Sent { slot, seq, .. } = self.sent[of.lane.index()][index];
         if silent {
             tracing::warn!(%slot, waited = ?silence, "an expert node is silent");
-            self.health.silent(slot, at, now);
+            self.health.silent(slot, seq, at, now);
             self.lost.push((slot, format!("no answer within {silence:?}")));
         }
         Some((index, error))
@@ -548,9 +553,11 @@ impl Exchange {
         let (slot, now) = (peer.member.slot, Instant::now());
         let FrameHeader { view, seq, layer, lane, pairs, .. } = *header;
         if self.nodes.get(slot.index()).copied().flatten() == Some(peer.member.node) {
-            self.health.heard(slot, now);
+            self.health.heard(slot, seq, now);
         }
         match header.kind {
+            // As many rows as are owed can still be shorter ones: nothing of it may be read.
+            Kind::Combine if self.is_of_other_length(header, slot, body.len()) => self.counters.refused("wrong length"),
             Kind::Combine => match self.lanes.accept(Answer { slot, view, seq, layer, lane, pairs }) {
                 Ok(accepted) => {
                     let sent = &mut self.sent[lane.index()][accepted.index];
@@ -576,6 +583,12 @@ impl Exchange {
         }
     }
 
+    /// Whether an answer has not as many bytes as its frame is owed.
+    fn is_of_other_length(&self, header: &FrameHeader, slot: Slot, bytes: usize) -> bool {
+        let mut frames = self.sent.get(header.lane.index()).into_iter().flatten();
+        frames.any(|s| s.slot == slot && s.seq == header.seq && s.answer_bytes != bytes)
+    }
+
     /// A node's channel is gone.
     fn lose(&mut self, node: NodeId, what: &str) {
         let Some(peer) = self.peers.remove(&node) else { return };
@@ -584,12 +597,23 @@ impl Exchange {
         if self.nodes.get(slot.index()).copied().flatten() == Some(node) {
             self.health.set_connected(slot, false);
             self.lost.push((slot, what.to_owned()));
+            self.closed = true;
         }
+    }
+
+    /// Makes what the transport counted readable from other threads.
+    pub fn count_transport(&self) {
+        self.counters.set_transport(&self.transport.stats());
     }
 
     /// Sleeps until something happens on the transport, a wake-up, or `deadline`.
     pub fn sleep(&mut self, deadline: Instant) {
         self.transport.wait(deadline);
+    }
+
+    /// Whether a channel of the committed view closed since the last call.
+    pub fn take_closed(&mut self) -> bool {
+        std::mem::take(&mut self.closed)
     }
 
     /// What was seen of nodes lost since the last call.

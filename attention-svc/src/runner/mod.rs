@@ -89,6 +89,8 @@ pub struct RunnerOptions {
 
 /// How often a node whose channel closed is tried again.
 const RECONNECT_EVERY: Duration = Duration::from_secs(1);
+/// How soon it is tried for the first time: mostly the node lives, and its channel alone was closed, as over a bad frame.
+const RECONNECT_SOON: Duration = Duration::from_millis(20);
 
 /// The model on this node. Belongs to the engine's thread.
 pub struct Runner {
@@ -164,6 +166,7 @@ impl Runner {
     pub fn step(&mut self, step: &Step<'_>) -> Result<StepOutput, RunError> {
         // What arrived since the last step: closed channels above all.
         self.exchange.pump();
+        self.exchange.count_transport();
         self.reconnect();
         self.counters.profile.lap(StepPart::Wait);
         if self.exchange.serving().is_none() {
@@ -241,19 +244,28 @@ impl Runner {
 
     /// Waits until `deadline`, a wake-up or something on the transport; takes in what came and tries lost channels again.
     pub fn idle(&mut self, deadline: Instant) {
+        self.note_closed();
         let lacking = self.exchange.lacks().then_some(self.reconnect_at);
         let until = lacking.into_iter().chain(self.exchange.next_try()).fold(deadline, Instant::min);
         self.exchange.sleep(until);
         self.exchange.pump();
+        self.exchange.count_transport();
         self.reconnect();
     }
 
     /// Tries nodes of the view whose channel closed again, now and then: the router may know that they live.
     fn reconnect(&mut self) {
+        self.note_closed();
         let now = Instant::now();
         if self.exchange.lacks() && now >= self.reconnect_at {
             self.exchange.reconnect();
             self.reconnect_at = now + RECONNECT_EVERY;
+        }
+    }
+
+    fn note_closed(&mut self) {
+        if self.exchange.take_closed() {
+            self.reconnect_at = self.reconnect_at.min(Instant::now() + RECONNECT_SOON);
         }
     }
 

@@ -3,7 +3,7 @@
 
 use std::time::{Duration, Instant};
 
-use mesh_core::{ExpertId, Slot};
+use mesh_core::{ExpertId, Seq, Slot};
 
 /// How much of a new answer's time goes into the moving average.
 const AVERAGE_SHARE: f64 = 0.05;
@@ -23,13 +23,21 @@ const PAIR_COST: f64 = 1.0 / 16.0;
 #[derive(Clone, Copy, Debug)]
 struct Seen {
     connected: bool,
-    /// Not to be chosen until then; since when it owes an answer.
-    avoided: Option<(Instant, Instant)>,
+    /// Not to be chosen until then.
+    avoided: Option<Instant>,
+    /// The frame that it was silent about last, and when that was sent.
+    unanswered: Option<(Seq, Instant)>,
     /// Times that it was silent since it last answered.
     silences: u32,
     /// Moving average of an answer's nanoseconds for a unit of work; 0: none yet.
     average: f64,
     heard: Instant,
+}
+
+impl Seen {
+    fn new(connected: bool) -> Self {
+        Self { connected, avoided: None, unanswered: None, silences: 0, average: 0.0, heard: Instant::now() }
+    }
 }
 
 /// All slots of the view in force.
@@ -62,15 +70,14 @@ impl Peers {
 
     fn seen(&mut self, slot: Slot) -> &mut Seen {
         if self.slots.len() <= slot.index() {
-            let nobody = Seen { connected: false, avoided: None, silences: 0, average: 0.0, heard: Instant::now() };
-            self.slots.resize(slot.index() + 1, nobody);
+            self.slots.resize(slot.index() + 1, Seen::new(false));
         }
         &mut self.slots[slot.index()]
     }
 
     /// A slot has another node behind it, or none: nothing is known of it.
     pub fn reset(&mut self, slot: Slot, connected: bool) {
-        *self.seen(slot) = Seen { connected, avoided: None, silences: 0, average: 0.0, heard: Instant::now() };
+        *self.seen(slot) = Seen::new(connected);
     }
 
     /// The slot's channel opened or closed.
@@ -81,12 +88,12 @@ impl Peers {
     /// Whether rows may be sent to a slot: connected, and not silent of late.
     pub fn usable(&self, slot: Slot, now: Instant) -> bool {
         let seen = self.slots.get(slot.index());
-        seen.is_some_and(|s| s.connected && s.avoided.is_none_or(|(until, _)| until <= now))
+        seen.is_some_and(|s| s.connected && s.avoided.is_none_or(|until| until <= now))
     }
 
     /// When the first of the slots that are avoided may be tried again.
     pub fn next_try(&self) -> Option<Instant> {
-        self.slots.iter().filter_map(|s| s.avoided.map(|(until, _)| until)).min()
+        self.slots.iter().filter_map(|s| s.avoided).min()
     }
 
     /// How long an answer may take before its node counts as silent.
@@ -103,19 +110,22 @@ impl Peers {
         }
     }
 
-    /// The slot owes an answer for too long, since `sent`.
-    pub fn silent(&mut self, slot: Slot, sent: Instant, now: Instant) {
+    /// The slot owes the answer to a frame for too long, since `sent`.
+    pub fn silent(&mut self, slot: Slot, seq: Seq, sent: Instant, now: Instant) {
         let seen = self.seen(slot);
         let avoid = AVOID_MIN.saturating_mul(1 << seen.silences.min(8)).min(AVOID_MAX);
         seen.silences += 1;
-        seen.avoided = Some((now + avoid, sent));
+        seen.avoided = Some(now + avoid);
+        seen.unanswered = Some((seq, sent));
     }
 
-    /// A frame came from the slot: it lives. One that was taken for silent was slow, which is remembered.
-    pub fn heard(&mut self, slot: Slot, now: Instant) {
+    /// The answer to a frame came from the slot: it lives. If this is what it was silent about, it was slow, which is
+    /// remembered; if not, an answer was lost, which says nothing of how long others take.
+    pub fn heard(&mut self, slot: Slot, seq: Seq, now: Instant) {
         let seen = self.seen(slot);
         seen.silences = 0;
-        if let Some((_, sent)) = seen.avoided.take() {
+        seen.avoided = None;
+        if let Some((_, sent)) = seen.unanswered.take_if(|(unanswered, _)| *unanswered == seq) {
             self.slow(now.saturating_duration_since(sent), now);
         }
     }
@@ -209,12 +219,12 @@ mod tests {
     fn who_is_gone_or_silent_is_not_chosen_and_who_answers_is_again() {
         let (mut peers, now) = peers(3);
         peers.set_connected(Slot(0), false);
-        peers.silent(Slot(1), now - MIN, now);
+        peers.silent(Slot(1), Seq(1), now - MIN, now);
         assert_eq!(chosen(&mut peers, &[&[0, 1], &[1, 2]], now), [None, Some(2)]);
         assert_eq!(peers.next_try(), Some(now + AVOID_MIN));
-        peers.heard(Slot(1), now);
+        peers.heard(Slot(1), Seq(2), now);
         assert_eq!(chosen(&mut peers, &[&[0, 1]], now), [Some(1)]);
-        peers.silent(Slot(1), now - MIN, now);
+        peers.silent(Slot(1), Seq(3), now - MIN, now);
         assert!(peers.usable(Slot(1), now + AVOID_MIN), "it is tried again when nobody hears of it");
     }
 
@@ -225,9 +235,13 @@ mod tests {
         peers.answered(Slot(0), Duration::from_secs(1), 8.0, now);
         assert_eq!(peers.silence(now), Duration::from_secs(4));
         assert_eq!(peers.silence(now + SLOWEST_HALF), Duration::from_secs(2));
-        // Slower than what was taken for silence: it gets more time.
-        peers.silent(Slot(0), now - Duration::from_secs(5), now);
-        peers.heard(Slot(0), now);
+        // An answer that was lost changes nothing, however late others are heard of.
+        let lost = Duration::from_secs(5);
+        peers.silent(Slot(0), Seq(7), now - lost, now);
+        peers.heard(Slot(0), Seq(8), now);
+        assert_eq!(peers.silence(now), Duration::from_secs(4));
+        // One that was slower than what was taken for silence: it gets more time.
+        peers.heard(Slot(0), Seq(7), now);
         assert_eq!(peers.silence(now), MAX);
     }
 }

@@ -25,6 +25,7 @@ enum Fault {
     Close,
     Twice,
     OtherView,
+    ShortRows,
 }
 
 struct Experts {
@@ -95,6 +96,12 @@ impl Transport for Experts {
                 let stale = FrameHeader { view: ViewId(header.view.0 + 1), ..header };
                 let body = self.window.take(answer.len())?;
                 self.events.push_back(Event::Frame { channel, header: stale, body });
+            }
+            Fault::ShortRows => {
+                let row_bytes = header.row_bytes / 2;
+                let body = self.window.take(answer.len() / 2)?;
+                let short = FrameHeader { row_bytes, body_bytes: body.len() as u32, ..header };
+                self.events.push_back(Event::Frame { channel, header: short, body });
             }
             Fault::None => {}
         }
@@ -277,12 +284,14 @@ fn a_node_that_is_silent_gone_or_refuses_is_named_and_the_runner_goes_on() {
     }
     let refused = rig.runner.step(&step);
     assert!(matches!(refused, Err(RunError::Aborted { reason: AbortReason::ExpertNotHeld, .. })), "{refused:?}");
-    for harmless in [Fault::Twice, Fault::OtherView] {
+    for harmless in [Fault::Twice, Fault::OtherView, Fault::ShortRows] {
         *rig.fault.lock().unwrap() = harmless;
         assert_eq!(last_logits(&mut rig.runner, &ids, 3), good, "{harmless:?}");
     }
     let read = rig.runner.counters().read();
-    assert!(read.refused["wrong view"] > 0 && read.refused["duplicate answer"] > 0, "{read:?}");
+    for name in ["wrong view", "duplicate answer", "wrong length"] {
+        assert!(read.refused.get(name).is_some_and(|count| *count > 0), "{name}: {read:?}");
+    }
 
     *rig.fault.lock().unwrap() = Fault::Close;
     assert!(matches!(rig.runner.step(&step), Err(RunError::NodeLost { slot: Slot(0), .. })));

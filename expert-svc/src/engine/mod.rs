@@ -154,7 +154,7 @@ impl Engine {
         if answered || self.queues.is_ready() && !self.window_full() {
             return None;
         }
-        self.parts.counters.set_turned_away(self.parts.transport.stats().refused);
+        self.parts.counters.set_transport(&self.parts.transport.stats());
         Some(self.queues.next_expiry().unwrap_or(now + IDLE_MAX).min(now + IDLE_MAX))
     }
 

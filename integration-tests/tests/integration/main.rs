@@ -6,6 +6,7 @@ mod bad_input;
 mod changes;
 mod dependencies;
 mod drills;
+mod faults;
 mod goldens;
 mod invariance;
 mod processes;

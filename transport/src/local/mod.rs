@@ -12,6 +12,7 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use crate::buffer::{FrameBuf, Window};
+use crate::fault::{Damage, Way};
 use crate::frame::{FrameHeader, HEADER_BYTES};
 use crate::spin::SpinBudget;
 use crate::{
@@ -28,6 +29,13 @@ pub(crate) struct Link {
     inbox: Arc<Inbox>,
     /// The channel's number over there.
     channel: ChannelId,
+    damage: Damage,
+}
+
+/// Bodies are moved and headers are not encoded, so that nothing is damaged on the way; damage done on purpose is to the
+/// length, which is checked.
+fn damaged(header: &FrameHeader) -> FrameHeader {
+    FrameHeader { body_bytes: header.body_bytes ^ 1, ..*header }
 }
 
 /// A name taken in the hub.
@@ -121,8 +129,12 @@ impl LocalTransport {
                 self.links.insert(channel, link);
                 Some(Event::Accepted { channel, peer })
             }
-            Message::Frame { channel, header, body } => {
-                let peer = &self.links.get(&channel)?.peer;
+            Message::Frame { channel, mut header, body } => {
+                let link = self.links.get_mut(&channel)?;
+                if link.damage.take(Way::In).is_some() {
+                    header = damaged(&header);
+                }
+                let peer = &link.peer;
                 if let Err(error) = header.check_with_body(&body, self.limits.body_bytes_max) {
                     tracing::warn!(%peer, %error, "closing a channel over a bad frame");
                     let error = TransportError::Frame { peer: peer.clone(), error };
@@ -158,12 +170,13 @@ impl Transport for LocalTransport {
         })?;
         let too_many = || TransportError::TooManyChannels { max: self.limits.channels_max };
         let channel = self.inbox.open().ok_or_else(too_many)?;
-        let back = Link { peer: self.called(), inbox: Arc::clone(&self.inbox), channel };
+        let back = Link { peer: self.called(), inbox: Arc::clone(&self.inbox), channel, damage: Damage::default() };
         match listener.inbox.accept(self.credentials.identity.clone(), back) {
             Ok(theirs) => {
                 let Identity { role, slot, node, .. } = &identity;
                 let peer = format!("{role} {slot} ({node})");
-                self.links.insert(channel, Link { peer, inbox: listener.inbox, channel: theirs });
+                self.links
+                    .insert(channel, Link { peer, inbox: listener.inbox, channel: theirs, damage: Damage::default() });
                 Ok((channel, identity))
             }
             Err(error) => {
@@ -183,15 +196,17 @@ impl Transport for LocalTransport {
 
     fn send(&mut self, channel: ChannelId, header: &FrameHeader, body: FrameBuf) -> Result<(), TransportError> {
         header.check_with_body(&body, self.limits.body_bytes_max).map_err(TransportError::BadSend)?;
-        let link = self.links.get(&channel).ok_or(TransportError::NoChannel { channel })?;
+        let link = self.links.get_mut(&channel).ok_or(TransportError::NoChannel { channel })?;
         let bytes = HEADER_BYTES + body.len();
-        match link.inbox.push_frame(link.channel, header, body) {
+        let header = if link.damage.take(Way::Out).is_some() { damaged(header) } else { *header };
+        match link.inbox.push_frame(link.channel, &header, body) {
             Pushed::Queued => self.stats.sent(bytes),
             // Its end is in our inbox already and will be reported from there.
             Pushed::Gone => {}
             Pushed::Full { frames } => {
                 let error = TransportError::SlowPeer { peer: link.peer.clone(), frames };
-                link.inbox.push_closed(link.channel, TransportError::Closed { peer: self.called() });
+                let (theirs, far) = (Arc::clone(&link.inbox), link.channel);
+                theirs.push_closed(far, TransportError::Closed { peer: self.called() });
                 self.inbox.push_closed(channel, error);
             }
         }
@@ -223,6 +238,10 @@ impl Transport for LocalTransport {
             *stats.refused.entry(reason).or_default() += count;
         }
         TransportStats { bodies_in_use: self.window.in_use(), channels: self.links.len(), ..stats }
+    }
+
+    fn damage_next(&mut self, channel: ChannelId, way: Way, bit: u16) -> bool {
+        self.links.get_mut(&channel).map(|link| link.damage.arm(way, bit)).is_some()
     }
 }
 

@@ -11,6 +11,7 @@ use std::sync::Arc;
 use mio::net::TcpStream;
 
 use crate::buffer::{FrameBuf, Window};
+use crate::fault::{Damage, Way};
 use crate::frame::{FrameHeader, HEADER_BYTES};
 use crate::{FRAMES_QUEUED_MAX, TransportError};
 
@@ -56,6 +57,7 @@ pub(super) struct Conn {
     hung_up: bool,
     outgoing: VecDeque<Outgoing>,
     writable: bool,
+    pub damage: Damage,
 }
 
 impl Conn {
@@ -72,6 +74,7 @@ impl Conn {
             hung_up: false,
             outgoing: VecDeque::new(),
             writable: true,
+            damage: Damage::default(),
         }
     }
 
@@ -92,7 +95,9 @@ impl Conn {
         if self.outgoing.len() >= FRAMES_QUEUED_MAX {
             return Err(TransportError::SlowPeer { peer: self.peer.clone(), frames: self.outgoing.len() });
         }
-        self.outgoing.push_back(Outgoing { header: header.encode(), body, written: 0 });
+        let mut header = header.encode();
+        self.damage.strike(Way::Out, &mut header);
+        self.outgoing.push_back(Outgoing { header, body, written: 0 });
         self.flush()
     }
 
@@ -181,7 +186,9 @@ impl Conn {
         let Some((bytes, _)) = self.staging[self.staged.clone()].split_first_chunk::<HEADER_BYTES>() else {
             return Ok(false);
         };
-        let header = FrameHeader::decode(bytes, window.body_bytes_max())
+        let mut bytes = *bytes;
+        self.damage.strike(Way::In, &mut bytes);
+        let header = FrameHeader::decode(&bytes, window.body_bytes_max())
             .map_err(|error| TransportError::Frame { peer: self.peer.clone(), error })?;
         match window.take_received(header.body_bytes as usize) {
             Ok(body) => {

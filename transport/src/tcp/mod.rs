@@ -17,6 +17,7 @@ use mio::net::{TcpListener, TcpStream};
 use mio::{Events, Interest, Poll, Token};
 
 use crate::buffer::{FrameBuf, Window};
+use crate::fault::Way;
 use crate::frame::{FrameHeader, HEADER_BYTES};
 use crate::handshake::{Handshake, HandshakeError, Proven};
 use crate::spin::SpinBudget;
@@ -314,10 +315,7 @@ impl Transport for TcpTransport {
 
     fn close(&mut self, channel: ChannelId) {
         self.conns.remove(&channel);
-        let of = |event: &Event| match event {
-            Event::Accepted { channel, .. } | Event::Frame { channel, .. } | Event::Closed { channel, .. } => *channel,
-        };
-        self.pending.retain(|event| of(event) != channel);
+        self.pending.retain(|event| event.channel() != channel);
     }
 
     fn buffer(&mut self, bytes: usize) -> Result<FrameBuf, TransportError> {
@@ -368,6 +366,10 @@ impl Transport for TcpTransport {
     fn stats(&self) -> TransportStats {
         let (bodies_in_use, channels) = (self.window.in_use(), self.conns.len());
         TransportStats { bodies_in_use, channels, ..self.stats.clone() }
+    }
+
+    fn damage_next(&mut self, channel: ChannelId, way: Way, bit: u16) -> bool {
+        self.conns.get_mut(&channel).map(|conn| conn.damage.arm(way, bit)).is_some()
     }
 }
 

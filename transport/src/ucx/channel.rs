@@ -33,13 +33,13 @@ impl Outgoing {
     }
 
     /// Adds a frame behind those that wait.
-    pub fn push(&mut self, header: &FrameHeader, body: FrameBuf) {
-        self.waiting.push_back((header.encode(), body));
+    pub fn push(&mut self, header: [u8; HEADER_BYTES], body: FrameBuf) {
+        self.waiting.push_back((header, body));
     }
 
     /// The active-message header of a frame that may go at once; none when it must wait behind others or for credit.
-    pub fn straight(&mut self, header: &FrameHeader) -> Option<[u8; HEAD_BYTES]> {
-        (self.waiting.is_empty() && self.has_credit()).then(|| self.number(&header.encode()))
+    pub fn straight(&mut self, header: &[u8; HEADER_BYTES]) -> Option<[u8; HEAD_BYTES]> {
+        (self.waiting.is_empty() && self.has_credit()).then(|| self.number(header))
     }
 
     /// The next frame that the peer has credit for, with its active-message header.
@@ -324,18 +324,18 @@ mod tests {
     fn a_sender_stops_at_its_credits_and_goes_on_when_acknowledged() {
         let mut outgoing = Outgoing::new(Token(7));
         for _ in 0..CREDITS + 5 {
-            outgoing.push(&FrameHeader::probe(Slot(1)), FrameBuf::empty());
+            outgoing.push(header(), FrameBuf::empty());
         }
         assert_eq!(std::iter::from_fn(|| outgoing.next()).count() as u64, CREDITS);
         assert!(!outgoing.acknowledge(CREDITS + 1), "more than were sent");
         let mut outgoing = Outgoing::new(Token(7));
         for _ in 0..CREDITS + 5 {
-            outgoing.push(&FrameHeader::probe(Slot(1)), FrameBuf::empty());
+            outgoing.push(header(), FrameBuf::empty());
         }
         while outgoing.next().is_some() {}
         assert!(outgoing.acknowledge(3));
         assert!(outgoing.acknowledge(2), "an older one changes nothing");
-        assert!(outgoing.straight(&FrameHeader::probe(Slot(1))).is_none(), "others wait");
+        assert!(outgoing.straight(&header()).is_none(), "others wait");
         assert_eq!(std::iter::from_fn(|| outgoing.next()).count(), 3);
     }
 

@@ -7,6 +7,7 @@ use super::channel::{Incoming, Outgoing, Wrong};
 use super::inbox::Token;
 use super::library::UcxError;
 use super::worker::Endpoint;
+use crate::fault::Damage;
 use crate::{ChannelId, TransportError, TransportKind};
 
 /// An authenticated channel.
@@ -25,6 +26,8 @@ pub struct Channel {
     pub outgoing: Outgoing,
     /// Frames from it.
     pub incoming: Incoming,
+    /// What is to be damaged of either.
+    pub damage: Damage,
 }
 
 impl Channel {

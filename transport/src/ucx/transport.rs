@@ -14,6 +14,7 @@ use super::peer::{Channel, failed, unavailable, violation};
 use super::sleep::{Waker, Watched};
 use super::worker::{Finished, Worker};
 use crate::buffer::{FrameBuf, Window};
+use crate::fault::{Damage, Way};
 use crate::frame::{FrameHeader, HEADER_BYTES};
 use crate::spin::SpinBudget;
 use crate::{
@@ -125,6 +126,7 @@ impl UcxTransport {
             endpoint,
             outgoing: Outgoing::new(greeting.token),
             incoming: Incoming::default(),
+            damage: Damage::default(),
         });
         Ok((id, identity))
     }
@@ -177,7 +179,8 @@ impl UcxTransport {
         };
         let id = channel.id;
         match arrival {
-            Arrival::Frame { number, header, payload } => {
+            Arrival::Frame { number, mut header, payload } => {
+                channel.damage.strike(Way::In, &mut header);
                 match channel.incoming.arrived(number, &header, payload, body_bytes_max) {
                     Ok(step) => self.step(token, step),
                     Err((wrong, payload)) => {
@@ -424,7 +427,9 @@ impl Transport for UcxTransport {
             self.break_later(channel, TransportError::SlowPeer { peer, frames });
             return Ok(());
         }
-        if let Some(head) = open.outgoing.straight(header) {
+        let mut header = header.encode();
+        open.damage.strike(Way::Out, &mut header);
+        if let Some(head) = open.outgoing.straight(&header) {
             self.post(place, &head, body);
         } else {
             open.outgoing.push(header, body);
@@ -466,6 +471,10 @@ impl Transport for UcxTransport {
             channels: self.channels.iter().flatten().count(),
             ..self.stats.clone()
         }
+    }
+
+    fn damage_next(&mut self, channel: ChannelId, way: Way, bit: u16) -> bool {
+        self.at(channel).map(|open| open.damage.arm(way, bit)).is_some()
     }
 }
 
