@@ -186,8 +186,10 @@ async fn keep_membership(
             }
             left => return Ok(left?),
         }
+        // Its slot is the lowest free one, if the router has noticed that it was gone; if not, another will do.
+        let anew = NodeSpec { slot: None, ..spec.clone() };
         registration = tokio::select! {
-            registration = register(spec, config.rejoin_for) => registration?,
+            registration = register(&anew, config.rejoin_for) => registration?,
             () = shutdown.cancelled() => return Ok(()),
         };
         let slot = registration.slot;

@@ -150,7 +150,11 @@ async fn join(
     let bound = bind(config)?;
     let addr = advertise::address(bound.local_addr(), host.as_ref());
     tracing::info!(bound = bound.local_addr(), %addr, "data plane bound");
-    let spec = spec(config, loader, &addr);
+    let mut spec = spec(config, loader, &addr);
+    if !kept.is_empty() {
+        // Its slot is the lowest free one, if the router has noticed that it was gone; if not, another will do.
+        spec.slot = None;
+    }
     let registration = register(&spec, register_for).await?;
     let (node, slot) = (registration.node, registration.slot);
     let identity = Identity { node, role: Role::Expert, slot, model: spec.model_digest };

@@ -99,7 +99,7 @@ impl Default for RouterConfig {
             attention_min: 1,
             experts_min: 1,
             replicas: 1,
-            heartbeat: Duration::from_millis(300),
+            heartbeat: Duration::from_millis(500),
             lease: Duration::from_secs(10),
             hello_max: Duration::from_secs(10),
             prepare_max: Duration::from_secs(300),
@@ -189,7 +189,7 @@ mod tests {
             (RouterConfig { experts_min: SLOTS_MAX + 1, ..base() }, "experts-min"),
             (RouterConfig { replicas: 0, ..base() }, "replicas"),
             (RouterConfig { requests_max: 0, ..base() }, "requests-max"),
-            (RouterConfig { lease: Duration::from_millis(500), ..base() }, "lease"),
+            (RouterConfig { lease: Duration::from_millis(900), ..base() }, "lease"),
             (RouterConfig { heartbeat: Duration::ZERO, ..base() }, "heartbeat"),
         ] {
             let refused = config.validate().unwrap_err().to_string();

@@ -41,7 +41,7 @@ struct Flags {
     #[arg(long, env = "MESH_REQUESTS_MAX", default_value_t = RouterConfig::default().requests_max, value_name = "N")]
     requests_max: usize,
     /// How often nodes send heartbeats, milliseconds.
-    #[arg(long, env = "MESH_HEARTBEAT_MS", default_value_t = 300, value_name = "MS")]
+    #[arg(long, env = "MESH_HEARTBEAT_MS", default_value_t = 500, value_name = "MS")]
     heartbeat_ms: u32,
     /// How long a node is trusted without a heartbeat, milliseconds.
     #[arg(long, env = "MESH_LEASE_MS", default_value_t = 10_000, value_name = "MS")]

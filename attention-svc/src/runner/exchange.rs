@@ -154,7 +154,7 @@ impl Exchange {
 
     /// When silence may have ended that keeps the view from being served.
     pub fn next_try(&self) -> Option<Instant> {
-        self.health.next_try()
+        self.health.next_try(Instant::now())
     }
 
     /// Whether a node of the committed view is not connected.

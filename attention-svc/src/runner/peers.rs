@@ -92,8 +92,8 @@ impl Peers {
     }
 
     /// When the first of the slots that are avoided may be tried again.
-    pub fn next_try(&self) -> Option<Instant> {
-        self.slots.iter().filter_map(|s| s.avoided).min()
+    pub fn next_try(&self, now: Instant) -> Option<Instant> {
+        self.slots.iter().filter_map(|s| s.avoided).filter(|until| *until > now).min()
     }
 
     /// How long an answer may take before its node counts as silent.
@@ -221,7 +221,8 @@ mod tests {
         peers.set_connected(Slot(0), false);
         peers.silent(Slot(1), Seq(1), now - MIN, now);
         assert_eq!(chosen(&mut peers, &[&[0, 1], &[1, 2]], now), [None, Some(2)]);
-        assert_eq!(peers.next_try(), Some(now + AVOID_MIN));
+        assert_eq!(peers.next_try(now), Some(now + AVOID_MIN));
+        assert_eq!(peers.next_try(now + AVOID_MIN), None, "nothing is left to wait for");
         peers.heard(Slot(1), Seq(2), now);
         assert_eq!(chosen(&mut peers, &[&[0, 1]], now), [Some(1)]);
         peers.silent(Slot(1), Seq(3), now - MIN, now);

@@ -36,7 +36,7 @@ fn a_configuration_that_cannot_be_run_is_named_and_exits_64() {
     for (args, named) in [
         (&["--grpc", "nowhere"][..], "--grpc"),
         (&["--experts-min", "0"], "experts-min"),
-        (&["--lease-ms", "500"], "lease"),
+        (&["--lease-ms", "900"], "lease"),
         (&["--log", "router_svc=loud"], "loud"),
         (&["--colour"], "--colour"),
     ] {

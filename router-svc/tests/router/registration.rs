@@ -22,7 +22,7 @@ async fn the_secret_goes_to_registered_nodes_and_is_the_same_for_all() {
     assert_eq!(first.secret, second.secret);
     assert_ne!(first.token, second.token);
     assert_ne!(first.node, second.node);
-    assert_eq!((first.heartbeat_ms, first.lease_ms), (300, 10_000));
+    assert_eq!((first.heartbeat_ms, first.lease_ms), (500, 10_000));
     let other = Router::start(RouterConfig::default()).await;
     let elsewhere = other.control().register(registration(v1::NodeRole::Expert)).await.unwrap().into_inner();
     assert_ne!(first.secret, elsewhere.secret, "each router makes its own");

@@ -88,10 +88,19 @@ async fn attempt(spec: &NodeSpec, endpoint: &Endpoint) -> Result<Registration, A
         let error = MeshError::from_status(&status);
         match error.code {
             Code::NotServing | Code::NodeLost | Code::Overloaded | Code::Deadline => Attempt::NotYet(error.to_string()),
+            // No word of the router's: it died meanwhile.
+            _ if broke_off(&status) => Attempt::NotYet(error.to_string()),
             _ => Attempt::Never(ServiceError::Refused { uri: spec.router.clone(), error }),
         }
     })?;
     accepted(spec, client, answer.into_inner()).map_err(Attempt::Never)
+}
+
+/// Whether a call ended with its connection rather than with an answer.
+pub(super) fn broke_off(status: &tonic::Status) -> bool {
+    use tonic::Code as Grpc;
+    let broken = matches!(status.code(), Grpc::Unavailable | Grpc::Unknown | Grpc::Cancelled | Grpc::Internal);
+    broken && MeshError::detail(status).is_none()
 }
 
 fn request(spec: &NodeSpec) -> v1::RegisterRequest {

@@ -15,6 +15,7 @@ use tokio_stream::wrappers::ReceiverStream;
 use tokio_util::sync::{CancellationToken, DropGuard};
 use tonic::Streaming;
 
+use super::register::broke_off;
 use super::{Evidence, Registration, ViewTarget};
 use crate::ServiceError;
 
@@ -74,9 +75,12 @@ impl Registration {
         let Ok(opened) = opened else {
             return Err(session.lost(format!("it was not opened within {OPEN_MAX:?}")));
         };
-        let down = opened.map_err(|status| ServiceError::Refused {
-            uri: self.uri.clone(),
-            error: MeshError::from_status(&status),
+        let down = opened.map_err(|status| {
+            let error = MeshError::from_status(&status);
+            match broke_off(&status) {
+                true => session.lost(error.to_string()),
+                false => ServiceError::Refused { uri: self.uri.clone(), error },
+            }
         })?;
         session.keep(down.into_inner(), evidence, self.heartbeat, shutdown, drain_max).await
     }
