@@ -3,7 +3,7 @@
 use crate::ids::{Lane, LayerId, Seq, Slot, ViewId};
 
 /// One dispatched frame and the answer that it is owed.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct Owed {
     /// The expert node that owes it.
     pub slot: Slot,
@@ -107,7 +107,7 @@ pub enum Refused {
 }
 
 /// What became of a frame.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 enum State {
     Awaited,
     Answered,
@@ -115,7 +115,7 @@ enum State {
     Replaced,
 }
 
-#[derive(Debug)]
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
 struct InFlight {
     view: ViewId,
     layer: LayerId,
@@ -124,7 +124,7 @@ struct InFlight {
 }
 
 /// A fixed number of lanes. A lane is taken by [`Lanes::begin`] and free again after [`Lanes::end`].
-#[derive(Debug)]
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub struct Lanes {
     slots: Vec<Option<InFlight>>,
 }
