@@ -20,7 +20,7 @@ const SLOW_MIN_NS: f64 = 1e6;
 const SPEED_MIN: f64 = 0.02;
 
 /// Rows that one expert node computed.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 struct Rows {
     at: Instant,
     /// As last told, since the node's start.
@@ -43,7 +43,7 @@ struct Waited {
 }
 
 /// Load and speed of all nodes.
-#[derive(Debug, Default)]
+#[derive(Clone, Debug, Default)]
 pub struct Loads {
     rows: BTreeMap<NodeId, Rows>,
     waits: BTreeMap<NodeId, BTreeMap<Slot, Waited>>,

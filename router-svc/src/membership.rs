@@ -3,6 +3,7 @@
 use std::collections::BTreeMap;
 use std::time::{Duration, Instant};
 
+use mesh_core::balance::NodeRoom;
 use mesh_core::{LayerId, NodeId, Role, Slot};
 use mesh_proto::limits::{ADDR_BYTES_MAX, EXPERTS_PER_LAYER_MAX, SLOTS_MAX};
 use mesh_proto::{Code, MeshError, ProtoError, convert, v1};
@@ -99,7 +100,7 @@ impl TryFrom<v1::RegisterRequest> for Registration {
 }
 
 /// A registered node.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub struct Node {
     /// Its number, never reused.
     pub id: NodeId,
@@ -141,6 +142,13 @@ impl Node {
         self.registration.role
     }
 
+    /// How much an expert node can hold and do.
+    pub fn room(&self) -> NodeRoom {
+        let (capacity, each) = (self.registration.capacity_bytes, self.load.expert_bytes);
+        let experts_max = (capacity > 0 && each > 0).then(|| usize::try_from(capacity / each).unwrap_or(usize::MAX));
+        NodeRoom { slot: self.slot, experts_max, speed: self.speed }
+    }
+
     /// How the node is called in errors and logs: role, slot, id and its own name.
     pub fn label(&self) -> String {
         let Registration { role, name, .. } = &self.registration;
@@ -149,7 +157,7 @@ impl Node {
 }
 
 /// All registered nodes.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub struct Members {
     version: String,
     hello_max: Duration,

@@ -116,7 +116,7 @@ pub enum Action {
     },
 }
 
-#[derive(Debug)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 enum Phase {
     Preparing,
     CommittingExperts,
@@ -131,19 +131,12 @@ enum End {
     Drained,
 }
 
-/// How much an expert node can hold and do.
-fn room(node: &Node) -> NodeRoom {
-    let (capacity, each) = (node.registration.capacity_bytes, node.load.expert_bytes);
-    let experts_max = (capacity > 0 && each > 0).then(|| usize::try_from(capacity / each).unwrap_or(usize::MAX));
-    NodeRoom { slot: node.slot, experts_max, speed: node.speed }
-}
-
 fn names(view: &View, node: NodeId) -> bool {
     view.attention.iter().chain(&view.experts).any(|m| m.node == node)
 }
 
 /// A view on its way.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 struct Change {
     view: Arc<View>,
     phase: Phase,
@@ -153,7 +146,7 @@ struct Change {
 }
 
 /// The mesh as the router knows it.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub struct Mesh {
     policy: Policy,
     members: Members,
@@ -513,7 +506,7 @@ impl Mesh {
         let Some(first) = self.members.sameness() else { return Err(PlacementError::NoNodes { experts: 0 }) };
         let registration = &first.registration;
         let (moe_layers, per_layer) = (&registration.moe_layers, registration.sameness.model.experts as usize);
-        let nodes: Vec<NodeRoom> = experts.iter().filter_map(|m| self.members.get(m.node)).map(room).collect();
+        let nodes: Vec<NodeRoom> = experts.iter().filter_map(|m| self.members.get(m.node)).map(Node::room).collect();
         let replicas = self.policy.replicas.clamp(1, nodes.len().max(1));
         if replicas < self.policy.replicas {
             tracing::warn!(wanted = self.policy.replicas, replicas, "fewer expert nodes than replicas wanted");
@@ -695,5 +688,9 @@ impl Mesh {
     }
 }
 
+// A check that cannot go on must panic, helpers included, and what was searched is printed.
+#[cfg(test)]
+#[allow(clippy::unwrap_used, clippy::print_stdout)]
+mod checked;
 #[cfg(test)]
 mod tests;
