@@ -103,7 +103,8 @@ impl Default for RouterConfig {
             lease: Duration::from_secs(10),
             hello_max: Duration::from_secs(10),
             prepare_max: Duration::from_secs(300),
-            commit_max: Duration::from_secs(30),
+            // Committing is two of these: less than expert nodes serve the view before (30 s).
+            commit_max: Duration::from_secs(14),
             debounce: Duration::from_millis(50),
             absence_max: Duration::from_secs(2),
             balance_every: Duration::from_secs(3),
