@@ -142,7 +142,8 @@ impl AttentionNode {
         let Engine { handle, lost, mut ended } = engine;
         let closing = CancellationToken::new();
         let mut server = tokio::spawn(serve_grpc(service.clone(), listener, &config, closing.clone()));
-        let lease = keep_membership(&config, &spec, registration, &handle, views, &service, lost, shutdown);
+        let membership = Membership { config: &config, spec: &spec, engine: &handle, views, service: &service };
+        let lease = membership.keep(registration, lost, shutdown);
         let outcome = tokio::select! {
             left = lease => left,
             _ = &mut ended => Err(AttentionError::EngineDied),
@@ -165,37 +166,44 @@ impl AttentionNode {
     }
 }
 
-/// Keeps the membership, and registers again when it is lost: with a data plane of its own, since identity and secret are
-/// new.
-#[allow(clippy::too_many_arguments)]
-async fn keep_membership(
-    config: &AttentionConfig,
-    spec: &NodeSpec,
-    mut registration: Registration,
-    engine: &EngineHandle,
+/// What stays when a membership is lost.
+struct Membership<'a> {
+    config: &'a AttentionConfig,
+    spec: &'a NodeSpec,
+    engine: &'a EngineHandle,
     views: Arc<AttentionViews>,
-    service: &AttentionService,
-    mut lost: mpsc::Receiver<Evidence>,
-    shutdown: CancellationToken,
-) -> Result<(), AttentionError> {
-    loop {
-        let left = registration.run(views.clone(), &mut lost, shutdown.clone(), config.drain_max).await;
-        match left {
-            Err(error) if error.may_rejoin() => {
-                tracing::warn!(%error, "membership lost; registering again");
-            }
-            left => return Ok(left?),
-        }
+    service: &'a AttentionService,
+}
+
+impl Membership<'_> {
+    /// Keeps the membership, and registers again when it is lost: with a data plane of its own, since identity and secret are
+    /// new.
+    async fn keep(
+        self,
+        mut registration: Registration,
+        mut lost: mpsc::Receiver<Evidence>,
+        shutdown: CancellationToken,
+    ) -> Result<(), AttentionError> {
+        let Self { config, spec, engine, views, service } = self;
         // Its slot is the lowest free one, if the router has noticed that it was gone; if not, another will do.
         let anew = NodeSpec { slot: None, ..spec.clone() };
-        registration = tokio::select! {
-            registration = register(&anew, config.rejoin_for) => registration?,
-            () = shutdown.cancelled() => return Ok(()),
-        };
-        let slot = registration.slot;
-        let transport = transport(config, &registration, spec)?;
-        engine.rejoin(transport, slot).await.map_err(|_stopped| AttentionError::EngineDied)?;
-        service.set_slot(slot);
+        loop {
+            let left = registration.run(views.clone(), &mut lost, shutdown.clone(), config.drain_max).await;
+            match left {
+                Err(error) if error.may_rejoin() => {
+                    tracing::warn!(%error, "membership lost; registering again");
+                }
+                left => return Ok(left?),
+            }
+            registration = tokio::select! {
+                registration = register(&anew, config.rejoin_for) => registration?,
+                () = shutdown.cancelled() => return Ok(()),
+            };
+            let slot = registration.slot;
+            let transport = transport(config, &registration, spec)?;
+            engine.rejoin(transport, slot).await.map_err(|_stopped| AttentionError::EngineDied)?;
+            service.set_slot(slot);
+        }
     }
 }
 

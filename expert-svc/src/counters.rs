@@ -106,9 +106,9 @@ impl Counters {
         Self { expert_rows, expert_bytes, ..Self::default() }
     }
 
-    pub(crate) fn computed(&self, expert: usize) {
-        if let Some(rows) = self.expert_rows.get(expert) {
-            rows.fetch_add(1, ORDER);
+    pub(crate) fn computed(&self, expert: usize, rows: usize) {
+        if let Some(counted) = self.expert_rows.get(expert) {
+            counted.fetch_add(rows as u64, ORDER);
         }
     }
 

@@ -109,7 +109,7 @@ pub async fn stalls(args: StallsArgs) -> Result<Exit, CliError> {
             let before = waits(&client.status().await?);
             tokio::time::sleep(args.over).await;
             let after = client.status().await?;
-            let stalls = Stalls::between(&before, &waits(&after), args.over);
+            let stalls = Stalls::between(&before, &waits(&after), &speeds(&after), args.over);
             if args.json {
                 print_line(&stalls);
             } else {
@@ -127,6 +127,12 @@ fn waits(status: &StatusResponse) -> Waits {
     let attention = status.nodes.iter().filter(|n| n.role == "attention");
     let waits = attention.flat_map(|n| n.load.iter().flat_map(|l| &l.waits).map(|w| (n.slot, w)));
     waits.map(|(slot, w)| ((slot, w.slot), (w.answers, w.ns, w.work))).collect()
+}
+
+/// How fast the router counts each expert slot: 1 is usual. It remembers a node that was slow and is asked for nothing since.
+fn speeds(status: &StatusResponse) -> BTreeMap<u32, f64> {
+    let experts = status.nodes.iter().filter(|n| n.role == "expert");
+    experts.map(|n| (n.slot, f64::from(n.speed))).collect()
 }
 
 /// One attention node's waits for one expert node.
@@ -151,7 +157,7 @@ struct Stalls {
 }
 
 impl Stalls {
-    fn between(before: &Waits, after: &Waits, over: Duration) -> Self {
+    fn between(before: &Waits, after: &Waits, speeds: &BTreeMap<u32, f64>, over: Duration) -> Self {
         let mut all = Vec::new();
         for (of, (answers, ns, work)) in after {
             let (answers_before, ns_before, work_before) = before.get(of).copied().unwrap_or_default();
@@ -170,22 +176,26 @@ impl Stalls {
         sorted.sort_by(f64::total_cmp);
         // The lower of two in the middle: of two nodes the faster is the usual one.
         let usual = sorted.get(sorted.len().saturating_sub(1) / 2).copied().unwrap_or(0.0);
-        let slow =
-            columns.into_iter().map(|(slot, cost)| (slot, cost / usual)).filter(|(_, times)| *times >= BLAME_FACTOR);
-        Self { over_s: over.as_secs_f64(), slow: slow.collect(), waits: all }
+        let mut times: BTreeMap<u32, f64> = columns.into_iter().map(|(slot, cost)| (slot, cost / usual)).collect();
+        for (slot, speed) in speeds.iter().filter(|(_, speed)| **speed > 0.0) {
+            let known = times.entry(*slot).or_default();
+            *known = known.max(1.0 / speed);
+        }
+        let slow = times.into_iter().filter(|(_, times)| *times >= BLAME_FACTOR).collect();
+        Self { over_s: over.as_secs_f64(), slow, waits: all }
     }
 
     fn text(&self) -> String {
         let mut text = String::new();
         // Writing to a string cannot fail.
-        if self.waits.is_empty() {
-            return format!("no rows were exchanged within {} s\n", self.over_s);
-        }
         let mut experts: Vec<u32> = self.waits.iter().map(|w| w.expert).collect();
         experts.sort_unstable();
         experts.dedup();
         let mut attention: Vec<u32> = self.waits.iter().map(|w| w.attention).collect();
         attention.dedup();
+        if self.waits.is_empty() {
+            let _ = writeln!(text, "no rows were exchanged within {} s", self.over_s);
+        }
         let _ = write!(text, "mean ms for an answer  ");
         experts.iter().for_each(|e| {
             let _ = write!(text, " {:>10}", format!("expert-{e}"));
@@ -225,11 +235,15 @@ mod tests {
             ((0, 2), (20, 11_000_000, 20.0)),
             ((1, 2), (10, 12_000_000, 10.0)),
         ]);
-        let stalls = Stalls::between(&before, &after, Duration::from_secs(2));
+        let usual = BTreeMap::from([(0, 1.0), (1, 1.0), (2, 1.0)]);
+        let stalls = Stalls::between(&before, &after, &usual, Duration::from_secs(2));
         assert_eq!(stalls.slow, [(2, 11.0)], "a node that is asked for more is not slow");
         let text = stalls.text();
         assert!(text.contains("expert-2 is slow: 11.0 times") && text.contains("attention-1"), "{text}");
-        let nothing = Stalls::between(&after, &after, Duration::from_secs(2));
+        let remembered = BTreeMap::from([(0, 1.0), (1, 0.1)]);
+        let asked_no_more = Stalls::between(&before, &after, &remembered, Duration::from_secs(2));
+        assert_eq!(asked_no_more.slow, [(1, 10.0), (2, 11.0)]);
+        let nothing = Stalls::between(&after, &after, &usual, Duration::from_secs(2));
         assert!(nothing.text().contains("no rows"), "{}", nothing.text());
     }
 

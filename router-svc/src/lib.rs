@@ -5,6 +5,7 @@
 //! - [`config`]: what a router is told at start, and its bounds
 //! - [`membership`]: who is registered, under which slot, and for how long (no IO, no clock)
 //! - [`mesh`]: the state machine of membership and two-phase views (no IO, no clock)
+//! - [`load`]: load and speed out of heartbeats, which placement rests on (no IO, no clock)
 //! - [`choice`]: which attention node takes a request
 //! - [`plane`]: the state machine at work: sessions, timer, channels to attention nodes
 //! - [`control`]: the service that nodes call

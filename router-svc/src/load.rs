@@ -10,7 +10,9 @@ use mesh_proto::v1;
 /// After how long a rate counts half.
 const RATE_HALF: Duration = Duration::from_secs(20);
 /// After how long a wait counts half, while answers come.
-const WAIT_HALF: Duration = Duration::from_secs(2);
+const WAIT_HALF: Duration = Duration::from_secs(1);
+/// After how long without answers a slot counts as usual again, to be given something to do.
+const FORGET: Duration = Duration::from_secs(60);
 /// Slots whose answers take less than so many times the usual are as fast as the others: nodes that share processors differ
 /// by more than nothing, and every move costs.
 const SLOW_FACTOR: f64 = 3.0;
@@ -118,9 +120,10 @@ impl Loads {
     }
 
     /// How fast each slot answers beside the others: 1 is usual, and so is a slot of which nothing is known.
-    pub fn speeds(&self) -> BTreeMap<Slot, f64> {
+    pub fn speeds(&self, now: Instant) -> BTreeMap<Slot, f64> {
         let mut sums: BTreeMap<Slot, (f64, f64, f64)> = BTreeMap::new();
-        for (slot, waited) in self.waits.values().flatten().filter(|(_, w)| w.at.is_some()) {
+        let lately = |at: Instant| now.saturating_duration_since(at) < FORGET;
+        for (slot, waited) in self.waits.values().flatten().filter(|(_, w)| w.at.is_some_and(lately)) {
             let of = sums.entry(*slot).or_default();
             *of = (of.0 + waited.cost, of.1 + waited.each, of.2 + 1.0);
         }
@@ -177,20 +180,21 @@ mod tests {
             &waits(&[(0, MS, 1.0), (1, MS * 12 / 10, 1.0), (2, 11 * MS, 1.0), (3, 5 * MS, 20.0)]),
             now,
         );
-        let speeds = loads.speeds();
+        let speeds = loads.speeds(now);
         assert_eq!((speeds[&Slot(0)], speeds[&Slot(1)]), (1.0, 1.0));
         assert_eq!(speeds[&Slot(3)], 1.0, "it has more to do for each answer");
         assert!((speeds[&Slot(2)] - 1.0 / 11.0).abs() < 1e-9, "{speeds:?}");
+        assert!(loads.speeds(now + FORGET).is_empty(), "who is asked for nothing is given another chance");
         loads.forget_slot(Slot(2));
-        assert!(!loads.speeds().contains_key(&Slot(2)));
-        assert!(Loads::default().speeds().is_empty());
+        assert!(!loads.speeds(now).contains_key(&Slot(2)));
+        assert!(Loads::default().speeds(now).is_empty());
     }
 
     #[test]
     fn of_two_nodes_the_slower_one_is_slow() {
         let (mut loads, now) = (Loads::default(), Instant::now());
         loads.heartbeat(NodeId(1), &waits(&[(0, 10 * MS, 1.0), (1, MS, 1.0)]), now);
-        assert_eq!(loads.speeds()[&Slot(1)], 1.0);
-        assert!((loads.speeds()[&Slot(0)] - 0.1).abs() < 1e-9);
+        assert_eq!(loads.speeds(now)[&Slot(1)], 1.0);
+        assert!((loads.speeds(now)[&Slot(0)] - 0.1).abs() < 1e-9);
     }
 }

@@ -545,7 +545,7 @@ impl Mesh {
             let what = format!("{} is being prepared; try again once it is in force", change.view.id);
             return Err(MeshError::new(Code::Overloaded, what));
         }
-        self.measure_speeds();
+        self.measure_speeds(now);
         self.measure_rates(now);
         let Some((view, placed)) = self.plan() else { return Ok((v1::RebalanceResponse::default(), Vec::new())) };
         let moves = placed.moves.iter().map(|m| v1::ExpertMove {
@@ -569,8 +569,8 @@ impl Mesh {
     }
 
     /// Takes over how fast expert nodes have been.
-    fn measure_speeds(&mut self) {
-        let speeds = self.loads.speeds();
+    fn measure_speeds(&mut self, now: Instant) {
+        let speeds = self.loads.speeds(now);
         let experts: Vec<(NodeId, Slot)> = self.members.live(Role::Expert).map(|n| (n.id, n.slot)).collect();
         for (id, slot) in experts {
             let speed = speeds.get(&slot).copied().unwrap_or(1.0);
@@ -599,7 +599,7 @@ impl Mesh {
     /// Looks whether load or speed ask for another placement.
     fn balance(&mut self, now: Instant) {
         self.balance_at = now + self.policy.balance_every;
-        self.measure_speeds();
+        self.measure_speeds(now);
         if self.rates_at <= now {
             self.measure_rates(now);
         }

@@ -19,7 +19,7 @@ use mesh_transport::{ChannelId, Event, Transport, TransportError};
 
 use super::counters::RunnerCounters;
 use super::error::RunError;
-use super::peers::{self, Peers};
+use super::peers::{self, Peers, Unanswered};
 
 /// The bounds of an exchange.
 #[derive(Clone, Copy, Debug)]
@@ -143,8 +143,11 @@ impl Exchange {
     /// The committed view, if each of its experts has a holder that rows can be sent to.
     pub fn serving(&self) -> Option<&Arc<View>> {
         let now = Instant::now();
-        let covered = |v: &View| v.placement.table().iter().all(|of| of.iter().any(|s| self.health.usable(*s, now)));
-        self.view.as_ref().filter(|v| covered(v))
+        let usable = |slot: &Slot| self.health.usable(*slot, now);
+        // Every step asks: the table of all experts is gone through only while somebody is missing.
+        let everybody = |v: &View| v.experts.iter().all(|m| usable(&m.slot));
+        let covered = |v: &View| v.placement.table().iter().all(|holders| holders.iter().any(usable));
+        self.view.as_ref().filter(|v| everybody(v) || covered(v))
     }
 
     /// The committed view.
@@ -416,8 +419,7 @@ impl Exchange {
             if now >= of.until {
                 return Err(self.silent(of.lane));
             }
-            let silence = self.health.silence(now);
-            let awaited = self.awaited(of.lane).map(|i| self.sent[of.lane.index()][i].at + silence).min();
+            let awaited = self.awaited(of.lane).map(|i| self.silent_from(&self.sent[of.lane.index()][i], now)).min();
             let until = awaited.map_or(of.until, |at| at.min(of.until));
             self.transport.wait(until);
         }
@@ -431,29 +433,34 @@ impl Exchange {
 
     /// A frame that will not be answered, or not in time, and the error to give if nobody else can be asked.
     fn unanswerable(&mut self, of: &InFlight, now: Instant) -> Option<(usize, RunError)> {
-        let silence = self.health.silence(now);
         let found = self.awaited(of.lane).find_map(|index| {
             let sent = &self.sent[of.lane.index()][index];
             let node = self.nodes.get(sent.slot.index()).copied().flatten().unwrap_or_default();
             let (slot, layer) = (sent.slot, of.layer);
             if self.peers.get(&node).is_none_or(|p| p.member.slot != slot) {
                 let lost = RunError::NodeLost { slot, node, what: "its channel closed".into() };
-                return Some((index, sent.at, lost, false));
+                return Some((index, lost));
             }
             if let Some(reason) = sent.refused {
-                return Some((index, sent.at, RunError::Aborted { slot, node, layer, reason }, false));
+                return Some((index, RunError::Aborted { slot, node, layer, reason }));
             }
-            let quiet = now.saturating_duration_since(sent.at) >= silence;
-            quiet.then(|| (index, sent.at, RunError::Silent { slots: vec![slot], waited: silence }, true))
+            let waited = now.saturating_duration_since(sent.at);
+            let silent = now >= self.silent_from(sent, now);
+            silent.then(|| (index, RunError::Silent { slots: vec![slot], waited }))
         });
-        let (index, at, error, silent) = found?;
-        let Sent { slot, seq, .. } = self.sent[of.lane.index()][index];
-        if silent {
-            tracing::warn!(%slot, waited = ?silence, "an expert node is silent");
-            self.health.silent(slot, seq, at, now);
-            self.lost.push((slot, format!("no answer within {silence:?}")));
+        let (index, error) = found?;
+        if let RunError::Silent { waited, .. } = &error {
+            let Sent { slot, seq, at, work, .. } = self.sent[of.lane.index()][index];
+            tracing::warn!(%slot, ?waited, "an expert node is silent");
+            self.health.silent(slot, Unanswered { seq, sent: at, units: work }, now);
+            self.lost.push((slot, format!("no answer within {waited:?}")));
         }
         Some((index, error))
+    }
+
+    /// From when on a frame without an answer means that its node is silent.
+    fn silent_from(&self, sent: &Sent, now: Instant) -> Instant {
+        sent.at + self.health.silence(sent.work, now)
     }
 
     /// Asks other holders for what frame `index` asked for, and for the rest of its destination.

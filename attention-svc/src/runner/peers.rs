@@ -12,12 +12,38 @@ const FORGET_HALF: Duration = Duration::from_secs(5);
 /// After how long the slowest answer seen counts half.
 const SLOWEST_HALF: Duration = Duration::from_secs(10);
 /// So many times the slowest answer of late is silence.
-const SILENCE_FACTOR: u32 = 4;
+const SILENCE_FACTOR: f64 = 4.0;
 /// A node whose silence ended without an answer is avoided for this long, twice as long after each further time.
 const AVOID_MIN: Duration = Duration::from_millis(250);
 const AVOID_MAX: Duration = Duration::from_secs(4);
 /// A pair's share of a frame's cost beside its experts': a further row of an expert that is read anyway.
 const PAIR_COST: f64 = 1.0 / 16.0;
+
+/// A frame that is not answered in time.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Unanswered {
+    pub seq: Seq,
+    pub sent: Instant,
+    /// What it asks for, in the units of [`work`].
+    pub units: f64,
+}
+
+/// The largest of some values, each of which counts half after [`SLOWEST_HALF`].
+#[derive(Clone, Copy, Debug)]
+struct Slowest(f64, Instant);
+
+impl Slowest {
+    fn at(self, now: Instant) -> f64 {
+        let halvings = now.saturating_duration_since(self.1).as_secs_f64() / SLOWEST_HALF.as_secs_f64();
+        self.0 * 0.5f64.powf(halvings)
+    }
+
+    fn add(&mut self, value: f64, now: Instant) {
+        if value > self.at(now) {
+            *self = Self(value, now);
+        }
+    }
+}
 
 /// What is known of one slot.
 #[derive(Clone, Copy, Debug)]
@@ -25,8 +51,8 @@ struct Seen {
     connected: bool,
     /// Not to be chosen until then.
     avoided: Option<Instant>,
-    /// The frame that it was silent about last, and when that was sent.
-    unanswered: Option<(Seq, Instant)>,
+    /// The frame that it was silent about last.
+    unanswered: Option<Unanswered>,
     /// Times that it was silent since it last answered.
     silences: u32,
     /// Moving average of an answer's nanoseconds for a unit of work; 0: none yet.
@@ -46,8 +72,9 @@ pub(super) struct Peers {
     slots: Vec<Seen>,
     silence_min: Duration,
     silence_max: Duration,
-    /// The slowest answer, and when it came.
-    slowest: (Duration, Instant),
+    /// The slowest answer, seconds, and the slowest for a unit of work.
+    slowest: Slowest,
+    slowest_unit: Slowest,
     /// For each expert of the layer at hand, who was chosen; and what is asked of each slot so far.
     chosen: Vec<Option<Slot>>,
     asked: Vec<f64>,
@@ -60,12 +87,12 @@ pub(super) fn work(pairs: usize, experts: usize) -> f64 {
 }
 
 impl Peers {
-    /// Nobody yet. A node is silent when it owes an answer for four times the slowest of late, at least `silence_min`, at
-    /// most `silence_max`.
+    /// Nobody yet. A node is silent when it owes an answer for four times the slowest of late, or the slowest for as much work
+    /// if that is less; at least `silence_min`, at most `silence_max`.
     pub fn new(silence_min: Duration, silence_max: Duration) -> Self {
-        let slowest = (Duration::ZERO, Instant::now());
+        let slowest = Slowest(0.0, Instant::now());
         let (chosen, asked, costs) = (Vec::new(), Vec::new(), Vec::new());
-        Self { slots: Vec::new(), silence_min, silence_max, slowest, chosen, asked, costs }
+        Self { slots: Vec::new(), silence_min, silence_max, slowest, slowest_unit: slowest, chosen, asked, costs }
     }
 
     fn seen(&mut self, slot: Slot) -> &mut Seen {
@@ -96,27 +123,27 @@ impl Peers {
         self.slots.iter().filter_map(|s| s.avoided).filter(|until| *until > now).min()
     }
 
-    /// How long an answer may take before its node counts as silent.
-    pub fn silence(&self, now: Instant) -> Duration {
-        let halvings = now.saturating_duration_since(self.slowest.1).as_secs_f64() / SLOWEST_HALF.as_secs_f64();
-        let slowest = self.slowest.0.mul_f64(0.5f64.powf(halvings));
-        slowest.saturating_mul(SILENCE_FACTOR).clamp(self.silence_min, self.silence_max)
+    /// How long the answer to `units` of work may take before its node counts as silent. A decoded token's is not waited for
+    /// as long as a prompt's, though that was the slowest.
+    pub fn silence(&self, units: f64, now: Instant) -> Duration {
+        let slowest = self.slowest.at(now).min(self.slowest_unit.at(now) * units.max(1.0));
+        // The bounds first: what is beyond a Duration is beyond them.
+        let (min, max) = (self.silence_min.as_secs_f64(), self.silence_max.as_secs_f64());
+        Duration::from_secs_f64((SILENCE_FACTOR * slowest).clamp(min, max))
     }
 
-    fn slow(&mut self, took: Duration, now: Instant) {
-        let halvings = now.saturating_duration_since(self.slowest.1).as_secs_f64() / SLOWEST_HALF.as_secs_f64();
-        if took > self.slowest.0.mul_f64(0.5f64.powf(halvings)) {
-            self.slowest = (took, now);
-        }
+    fn slow(&mut self, took: Duration, units: f64, now: Instant) {
+        self.slowest.add(took.as_secs_f64(), now);
+        self.slowest_unit.add(took.as_secs_f64() / units.max(1.0), now);
     }
 
-    /// The slot owes the answer to a frame for too long, since `sent`.
-    pub fn silent(&mut self, slot: Slot, seq: Seq, sent: Instant, now: Instant) {
+    /// The slot owes an answer for too long.
+    pub fn silent(&mut self, slot: Slot, of: Unanswered, now: Instant) {
         let seen = self.seen(slot);
         let avoid = AVOID_MIN.saturating_mul(1 << seen.silences.min(8)).min(AVOID_MAX);
         seen.silences += 1;
         seen.avoided = Some(now + avoid);
-        seen.unanswered = Some((seq, sent));
+        seen.unanswered = Some(of);
     }
 
     /// The answer to a frame came from the slot: it lives. If this is what it was silent about, it was slow, which is
@@ -125,14 +152,14 @@ impl Peers {
         let seen = self.seen(slot);
         seen.silences = 0;
         seen.avoided = None;
-        if let Some((_, sent)) = seen.unanswered.take_if(|(unanswered, _)| *unanswered == seq) {
-            self.slow(now.saturating_duration_since(sent), now);
+        if let Some(of) = seen.unanswered.take_if(|of| of.seq == seq) {
+            self.slow(now.saturating_duration_since(of.sent), of.units, now);
         }
     }
 
     /// An answer for `units` of work took so long.
     pub fn answered(&mut self, slot: Slot, took: Duration, units: f64, now: Instant) {
-        self.slow(took, now);
+        self.slow(took, units, now);
         let seen = self.seen(slot);
         let each = took.as_nanos() as f64 / units.max(1.0);
         seen.average = if seen.average == 0.0 { each } else { seen.average + (each - seen.average) * AVERAGE_SHARE };
@@ -219,30 +246,33 @@ mod tests {
     fn who_is_gone_or_silent_is_not_chosen_and_who_answers_is_again() {
         let (mut peers, now) = peers(3);
         peers.set_connected(Slot(0), false);
-        peers.silent(Slot(1), Seq(1), now - MIN, now);
+        let frame = |seq| Unanswered { seq: Seq(seq), sent: now - MIN, units: 8.0 };
+        peers.silent(Slot(1), frame(1), now);
         assert_eq!(chosen(&mut peers, &[&[0, 1], &[1, 2]], now), [None, Some(2)]);
         assert_eq!(peers.next_try(now), Some(now + AVOID_MIN));
         assert_eq!(peers.next_try(now + AVOID_MIN), None, "nothing is left to wait for");
         peers.heard(Slot(1), Seq(2), now);
         assert_eq!(chosen(&mut peers, &[&[0, 1]], now), [Some(1)]);
-        peers.silent(Slot(1), Seq(3), now - MIN, now);
+        peers.silent(Slot(1), frame(3), now);
         assert!(peers.usable(Slot(1), now + AVOID_MIN), "it is tried again when nobody hears of it");
     }
 
     #[test]
     fn silence_is_measured_by_how_long_answers_take() {
         let (mut peers, now) = peers(1);
-        assert_eq!(peers.silence(now), MIN);
+        assert_eq!(peers.silence(8.0, now), MIN);
         peers.answered(Slot(0), Duration::from_secs(1), 8.0, now);
-        assert_eq!(peers.silence(now), Duration::from_secs(4));
-        assert_eq!(peers.silence(now + SLOWEST_HALF), Duration::from_secs(2));
+        assert_eq!(peers.silence(8.0, now), Duration::from_secs(4));
+        assert_eq!(peers.silence(80.0, now), Duration::from_secs(4), "nothing was slower so far");
+        assert_eq!(peers.silence(2.0, now), Duration::from_secs(1), "a quarter of the work");
+        assert_eq!(peers.silence(8.0, now + SLOWEST_HALF), Duration::from_secs(2));
         // An answer that was lost changes nothing, however late others are heard of.
         let lost = Duration::from_secs(5);
-        peers.silent(Slot(0), Seq(7), now - lost, now);
+        peers.silent(Slot(0), Unanswered { seq: Seq(7), sent: now - lost, units: 8.0 }, now);
         peers.heard(Slot(0), Seq(8), now);
-        assert_eq!(peers.silence(now), Duration::from_secs(4));
+        assert_eq!(peers.silence(8.0, now), Duration::from_secs(4));
         // One that was slower than what was taken for silence: it gets more time.
         peers.heard(Slot(0), Seq(7), now);
-        assert_eq!(peers.silence(now), MAX);
+        assert_eq!(peers.silence(8.0, now), MAX);
     }
 }

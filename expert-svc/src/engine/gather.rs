@@ -4,6 +4,7 @@ use mesh_kernels::{Compute, FfnGroup};
 use mesh_service::profile;
 
 use super::Work;
+use crate::counters::Counters;
 
 /// No group yet.
 const NONE: u32 = u32::MAX;
@@ -19,10 +20,16 @@ impl Grouping {
         Self { group_of: vec![NONE; experts] }
     }
 
-    /// Computes every pair of every frame into its place in its answer; gives how much that was.
+    /// Computes every pair of every frame into its place in its answer; gives how much that was, and counts each expert's rows.
     ///
     /// An expert that several frames want is one group, whichever view each names: the expert is the same.
-    pub fn run(&mut self, work: &mut [Work], row_bytes: usize, compute: &dyn Compute) -> profile::Work {
+    pub fn run(
+        &mut self,
+        work: &mut [Work],
+        row_bytes: usize,
+        compute: &dyn Compute,
+        counters: &Counters,
+    ) -> profile::Work {
         let mut groups: Vec<FfnGroup<'_>> = Vec::new();
         let mut used: Vec<u32> = Vec::new();
         for Work { frame, checked, answer } in work.iter_mut() {
@@ -42,7 +49,8 @@ impl Grouping {
         }
         compute.ffn(&mut groups);
         let done = amount(&groups);
-        for index in used {
+        for (index, group) in used.into_iter().zip(&groups) {
+            counters.computed(index as usize, group.x.len());
             self.group_of[index as usize] = NONE;
         }
         done

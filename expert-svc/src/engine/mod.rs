@@ -258,11 +258,10 @@ impl Engine {
     fn compute_and_send(&mut self, mut work: Vec<Work>) {
         let row_bytes = self.parts.shape.row_bytes;
         self.parts.counters.profile.lap(TurnPart::Receive);
-        let done = self.grouping.run(&mut work, row_bytes, self.parts.compute.as_ref());
+        let done = self.grouping.run(&mut work, row_bytes, self.parts.compute.as_ref(), &self.parts.counters);
         self.parts.counters.profile.lap_with(TurnPart::Ffn, done);
         self.parts.counters.round();
-        for Work { frame: Pending { channel, header, body, received }, answer, checked } in work {
-            checked.pairs.iter().for_each(|(_, expert)| self.parts.counters.computed(*expert as usize));
+        for Work { frame: Pending { channel, header, body, received }, answer, .. } in work {
             // The request's room in the window comes first: what is sent next may need it.
             drop(body);
             let server_ns = u64::try_from(received.elapsed().as_nanos()).unwrap_or(u64::MAX);

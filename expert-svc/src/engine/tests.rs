@@ -36,6 +36,11 @@ fn every_pair_is_answered_in_order_with_what_its_expert_says_to_its_row() {
     assert_eq!((load.rows, load.pairs, load.frames_received, load.frames_sent), (3, 5, 1, 1));
     assert_eq!((load.dispatch_bytes, load.combine_bytes), (3 * ROW as u64, 5 * ROW as u64));
     assert_eq!(load.experts_held, 16);
+    let mut wanted = vec![0u64; rig.engine.parts.shape.len()];
+    for expert in rows.iter().flat_map(|(_, experts)| experts.iter()) {
+        wanted[rig.engine.parts.shape.index(LayerId(2), ExpertId(*expert)).unwrap()] += 1;
+    }
+    assert_eq!(load.expert_rows, wanted, "each expert's rows, for placement");
     let table = rig.engine.parts.tables.served().current.unwrap();
     let expert = |e| table.get(rig.engine.parts.shape.index(LayerId(2), ExpertId(e)).unwrap()).unwrap();
     let pair_flops = 2 * 3 * (expert(0).hidden() * expert(0).intermediate()) as u64;

@@ -228,15 +228,6 @@ async fn a_node_that_is_slow_is_named_and_loses_its_load() {
     });
     let slowed = Slowed::new(mesh.pids_of("expert")[2]);
     let begun = Instant::now();
-    eventually("expert-2 is named as slow", || async {
-        let output =
-            Command::new(binary("meshctl")).args(["stalls", "--over", "1", "--json", "--grpc", mesh.grpc()]).output();
-        let output = soon("meshctl stalls", output).await.expect("meshctl runs");
-        let told: Value = serde_json::from_slice(&output.stdout).map_err(|e| e.to_string())?;
-        let slow: Vec<u64> = told["slow"].as_array().into_iter().flatten().filter_map(|s| s[0].as_u64()).collect();
-        if slow == [2] { Ok(()) } else { Err(told.to_string()) }
-    })
-    .await;
     // What it computes within a second, as a share of what all do.
     let pairs = || async {
         let status = mesh.status().await;
@@ -255,7 +246,19 @@ async fn a_node_that_is_slow_is_named_and_loses_its_load() {
     })
     .await;
     eprintln!("the load of a slowed node was gone after {:?}", begun.elapsed());
-    assert!(begun.elapsed() < Duration::from_secs(30), "{:?}", begun.elapsed());
+    assert!(begun.elapsed() < Duration::from_secs(10), "{:?}", begun.elapsed());
+    // It is asked for nothing by now, and is named all the same.
+    eventually("expert-2 is named as slow", || async {
+        let output =
+            Command::new(binary("meshctl")).args(["stalls", "--over", "1", "--json", "--grpc", mesh.grpc()]).output();
+        let output = soon("meshctl stalls", output).await.expect("meshctl runs");
+        let told: Value = serde_json::from_slice(&output.stdout).map_err(|e| e.to_string())?;
+        let slow: Vec<u64> = told["slow"].as_array().into_iter().flatten().filter_map(|s| s[0].as_u64()).collect();
+        if slow == [2] { Ok(()) } else { Err(told.to_string()) }
+    })
+    .await;
+    eprintln!("a slowed node was named after {:?}", begun.elapsed());
+    assert!(begun.elapsed() < Duration::from_secs(20), "{:?}", begun.elapsed());
     drop(slowed);
     stop.store(true, Ordering::Relaxed);
     soon("the load", load).await.expect("every answer is as undisturbed");

@@ -70,7 +70,8 @@ impl Rig {
         let compute: Arc<dyn Compute> =
             Arc::new(Cpu::new(CpuOptions { dtype: Dtype::F32, threads: 1, isa: None, bind_from: None }).unwrap());
         let loader = Arc::new(Loader::new(Checkpoint::open(fixture()).unwrap(), Packer::new(compute.clone()), 0));
-        let (tables, counters) = (Arc::new(Tables::default()), Arc::new(Counters::default()));
+        let counters = Arc::new(Counters::new(loader.shape().len(), loader.expert_bytes()));
+        let tables = Arc::new(Tables::default());
         let (addr, waker) = (transport.local_addr().to_owned(), transport.waker());
         let shape = loader.shape().clone();
         assert_eq!(shape.row_bytes, ROW);
