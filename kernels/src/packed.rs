@@ -29,6 +29,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
+use crc_fast::{CrcAlgorithm, Digest};
 use memmap2::Mmap;
 
 use crate::matrix::{Layout, Weights, packed_bytes};
@@ -187,7 +188,7 @@ fn read<const N: usize>(
     let (data, footer) = map.split_at(map.len() - FOOTER_BYTES);
     let footer: &[u8; FOOTER_BYTES] = footer.try_into().map_err(|_| damaged("it has no footer"))?;
     let places = check_footer(footer, key, dtype, shapes, data.len()).map_err(damaged)?;
-    if crc32c::crc32c(data) != u32_at(footer, 12) {
+    if crc32c(data) != u32_at(footer, 12) {
         return Err(damaged("its data do not match their sum"));
     }
     let map = Arc::new(map);
@@ -196,6 +197,10 @@ fn read<const N: usize>(
         let (n, k) = shapes[i];
         Matrix { n, k, dtype, layout, data: Weights::mapped(map.clone(), start, len) }
     })))
+}
+
+fn crc32c(bytes: &[u8]) -> u32 {
+    crc_fast::checksum(CrcAlgorithm::Crc32Iscsi, bytes) as u32
 }
 
 /// Layout, offset and length of each matrix, if the footer is sound and is of what is asked for.
@@ -209,7 +214,7 @@ fn check_footer<const N: usize>(
     if footer[..8] != MAGIC {
         return Err("it is no file of packed weights, or of another version");
     }
-    if crc32c::crc32c(&footer[12..]) != u32_at(footer, 8) {
+    if crc32c(&footer[12..]) != u32_at(footer, 8) {
         return Err("its footer does not match its sum");
     }
     let key_bytes = usize::from(u16_at(footer, 16));
@@ -255,7 +260,7 @@ fn write_new(file: &Path, key: &str, matrices: &[Matrix]) -> io::Result<()> {
     let mut footer = [0u8; FOOTER_BYTES];
     let mut put = |at: usize, bytes: &[u8]| footer[at..at + bytes.len()].copy_from_slice(bytes);
     let mut out = File::create_new(file)?;
-    let (mut end, mut sum) = (0usize, 0u32);
+    let (mut end, mut sum) = (0usize, Digest::new(CrcAlgorithm::Crc32Iscsi));
     for (i, matrix) in matrices.iter().enumerate() {
         let data = matrix.data.as_slice();
         put(20 + i, &[matrix.layout.code()]);
@@ -265,16 +270,16 @@ fn write_new(file: &Path, key: &str, matrices: &[Matrix]) -> io::Result<()> {
         let padding = &[0u8; LINE_BYTES][..data.len().next_multiple_of(LINE_BYTES) - data.len()];
         for part in [data, padding] {
             out.write_all(part)?;
-            sum = crc32c::crc32c_append(sum, part);
+            sum.update(part);
             end += part.len();
         }
     }
     put(0, &MAGIC);
-    put(12, &sum.to_le_bytes());
+    put(12, &(sum.finalize() as u32).to_le_bytes());
     put(16, &(key.len() as u16).to_le_bytes());
     put(18, &(matrices.len() as u16).to_le_bytes());
     put(KEY_AT, key.as_bytes());
-    let sum = crc32c::crc32c(&footer[12..]);
+    let sum = crc32c(&footer[12..]);
     footer[8..12].copy_from_slice(&sum.to_le_bytes());
     out.write_all(&footer)
 }

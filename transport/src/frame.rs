@@ -12,7 +12,7 @@ use mesh_core::{ExpertId, Lane, LayerId, Seq, Slot, ViewId};
 pub const MAGIC: u32 = u32::from_le_bytes(*b"XMF1");
 
 /// Version of frame and handshake. Two nodes of different versions do not talk.
-pub const PROTOCOL_VERSION: u16 = 1;
+pub const PROTOCOL_VERSION: u16 = 2;
 
 /// Bytes of an encoded [`FrameHeader`].
 pub const HEADER_BYTES: usize = 64;
@@ -154,6 +154,14 @@ pub enum FrameError {
         /// What the bytes give.
         computed: u32,
     },
+    /// A body that was damaged on the way.
+    #[error("the CRC of the frame's body is {wanted:#010x}, its bytes give {computed:#010x}")]
+    BadBodyCrc {
+        /// What the header says.
+        wanted: u32,
+        /// What the bytes give.
+        computed: u32,
+    },
     /// A kind that does not exist.
     #[error("frame kind {found} does not exist")]
     UnknownKind {
@@ -233,7 +241,7 @@ pub struct FrameHeader {
     pub pairs: u32,
     /// Bytes of one row.
     pub row_bytes: u32,
-    /// Bytes after the header.
+    /// Bytes after the header: what kind and counts give, for which reason it is not on the wire.
     pub body_bytes: u32,
     /// On a combine: the server's time from receiving the dispatch to sending this, which lets the attention node
     /// tell network from compute without a common clock.
@@ -276,8 +284,8 @@ impl FrameHeader {
         }
     }
 
-    /// The header as it goes on the wire.
-    pub fn encode(&self) -> [u8; HEADER_BYTES] {
+    /// The header as it goes on the wire before this body.
+    pub fn encode(&self, body: &[u8]) -> [u8; HEADER_BYTES] {
         let mut bytes = [0; HEADER_BYTES];
         let mut put = |at: usize, value: &[u8]| bytes[at..at + value.len()].copy_from_slice(value);
         put(0, &MAGIC.to_le_bytes());
@@ -289,23 +297,24 @@ impl FrameHeader {
         put(32, &self.rows.to_le_bytes());
         put(36, &self.pairs.to_le_bytes());
         put(40, &self.row_bytes.to_le_bytes());
-        put(44, &self.body_bytes.to_le_bytes());
+        put(44, &crc32c(body).to_le_bytes());
         put(48, &self.layer.0.to_le_bytes());
         put(50, &self.lane.0.to_le_bytes());
         put(52, &self.chunk.to_le_bytes());
         put(54, &self.chunks.to_le_bytes());
         put(56, &self.origin.0.to_le_bytes());
         put(58, &self.flags.to_le_bytes());
-        let crc = crc32c::crc32c(&bytes[..60]);
+        let crc = crc32c(&bytes[..60]);
         bytes[60..].copy_from_slice(&crc.to_le_bytes());
         bytes
     }
 
-    /// Reads a header and checks its magic, version, CRC, kind and lengths.
+    /// Reads a header and checks its magic, version, CRC, kind and lengths; and what its body is to be checked against when
+    /// that is there.
     ///
     /// # Errors
     /// [`FrameError`], after which nothing on the channel can be trusted.
-    pub fn decode(bytes: &[u8; HEADER_BYTES], body_bytes_max: usize) -> Result<FrameHeader, FrameError> {
+    pub fn decode(bytes: &[u8; HEADER_BYTES], body_bytes_max: usize) -> Result<(FrameHeader, BodyCrc), FrameError> {
         let u16_at = |at: usize| u16::from_le_bytes([bytes[at], bytes[at + 1]]);
         let u32_at = |at: usize| u32::from(u16_at(at)) | u32::from(u16_at(at + 2)) << 16;
         let u64_at = |at: usize| u64::from(u32_at(at)) | u64::from(u32_at(at + 4)) << 32;
@@ -315,11 +324,11 @@ impl FrameHeader {
         if u16_at(4) != PROTOCOL_VERSION {
             return Err(FrameError::BadVersion { found: u16_at(4) });
         }
-        let computed = crc32c::crc32c(&bytes[..60]);
+        let computed = crc32c(&bytes[..60]);
         if u32_at(60) != computed {
             return Err(FrameError::BadCrc { found: u32_at(60), computed });
         }
-        let header = FrameHeader {
+        let mut header = FrameHeader {
             kind: Kind::from_wire(u16_at(6)).ok_or(FrameError::UnknownKind { found: u16_at(6) })?,
             flags: u16_at(58),
             view: ViewId(u64_at(8)),
@@ -331,30 +340,40 @@ impl FrameHeader {
             rows: u32_at(32),
             pairs: u32_at(36),
             row_bytes: u32_at(40),
-            body_bytes: u32_at(44),
+            body_bytes: 0,
             server_ns: u64_at(24),
             origin: Slot(u16_at(56)),
         };
-        header.check(body_bytes_max)?;
-        Ok(header)
+        let found = header.body_of_counts().ok_or_else(|| header.inconsistent(0))?;
+        header.body_bytes = u32::try_from(found)
+            .ok()
+            .filter(|_| found <= body_bytes_max as u64)
+            .ok_or(FrameError::BodyTooLong { found, max: body_bytes_max })?;
+        Ok((header, BodyCrc(u32_at(44))))
     }
 
-    /// Checks that counts and lengths belong together and stay within the limit; what `decode` does after the CRC.
+    /// Bytes of the body that kind and counts give; none when there can be no such frame.
+    fn body_of_counts(&self) -> Option<u64> {
+        let (rows, pairs, row_bytes) = (self.rows as usize, self.pairs as usize, self.row_bytes as usize);
+        let bytes = match self.kind {
+            Kind::Dispatch if rows > pairs => None,
+            Kind::Dispatch => dispatch_body_bytes(rows, pairs, row_bytes),
+            Kind::Combine => pairs.checked_mul(row_bytes),
+            Kind::Abort | Kind::Probe => Some(0),
+        };
+        bytes.map(|bytes| bytes as u64)
+    }
+
+    /// Checks that counts and lengths belong together and stay within the limit.
     ///
     /// # Errors
     /// [`FrameError::BodyTooLong`] and [`FrameError::Inconsistent`].
     pub fn check(&self, body_bytes_max: usize) -> Result<(), FrameError> {
         let found = u64::from(self.body_bytes);
-        if usize::try_from(found).map_or(true, |found| found > body_bytes_max) {
+        if found > body_bytes_max as u64 {
             return Err(FrameError::BodyTooLong { found, max: body_bytes_max });
         }
-        let wanted = match self.kind {
-            Kind::Dispatch if self.rows > self.pairs => None,
-            Kind::Dispatch => dispatch_body_bytes(self.rows as usize, self.pairs as usize, self.row_bytes as usize),
-            Kind::Combine => (self.pairs as usize).checked_mul(self.row_bytes as usize),
-            Kind::Abort | Kind::Probe => Some(0),
-        };
-        if wanted == Some(self.body_bytes as usize) { Ok(()) } else { Err(self.inconsistent(self.body_bytes as usize)) }
+        if self.body_of_counts() == Some(found) { Ok(()) } else { Err(self.inconsistent(self.body_bytes as usize)) }
     }
 
     /// Checks a header about to be sent, and that it belongs to its body.
@@ -372,6 +391,25 @@ impl FrameHeader {
         let FrameHeader { kind, rows, pairs, row_bytes, .. } = *self;
         FrameError::Inconsistent { kind, rows, pairs, row_bytes, body_bytes: body_bytes as u64 }
     }
+}
+
+/// What a frame's body has to give, as its header says.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct BodyCrc(u32);
+
+impl BodyCrc {
+    /// Checks a body that has come.
+    ///
+    /// # Errors
+    /// [`FrameError::BadBodyCrc`], after which nothing on the channel can be trusted.
+    pub fn check(self, body: &[u8]) -> Result<(), FrameError> {
+        let (wanted, computed) = (self.0, crc32c(body));
+        if wanted == computed { Ok(()) } else { Err(FrameError::BadBodyCrc { wanted, computed }) }
+    }
+}
+
+fn crc32c(bytes: &[u8]) -> u32 {
+    crc_fast::checksum(crc_fast::CrcAlgorithm::Crc32Iscsi, bytes) as u32
 }
 
 /// Bytes of a dispatch's metadata, padding included.

@@ -33,7 +33,7 @@ fn small() -> (FrameHeader, Vec<u8>) {
 }
 
 fn reseal(bytes: &mut [u8; HEADER_BYTES]) {
-    let crc = crc32c::crc32c(&bytes[..60]);
+    let crc = crc32c(&bytes[..60]);
     bytes[60..].copy_from_slice(&crc.to_le_bytes());
 }
 
@@ -52,12 +52,13 @@ fn a_dispatch_reads_as_it_was_written() {
 #[test]
 fn offsets_are_those_of_the_protocol_document() {
     let header = FrameHeader { flags: 0x0b0a, server_ns: 0x0102_0304_0506_0708, ..dispatch(1, 1, 2) };
-    let bytes = header.encode();
-    assert_eq!(&bytes[..8], b"XMF1\x01\x00\x01\x00");
+    let bytes = header.encode(b"123456789");
+    assert_eq!(&bytes[..8], b"XMF1\x02\x00\x01\x00");
     assert_eq!(bytes[8..16], 7u64.to_le_bytes());
     assert_eq!(bytes[16..24], 9u64.to_le_bytes());
     assert_eq!(bytes[24..32], 0x0102_0304_0506_0708u64.to_le_bytes());
-    assert_eq!(bytes[44..48], 66u32.to_le_bytes());
+    // The check value of CRC-32/ISCSI in the catalogues.
+    assert_eq!(bytes[44..48], 0xe306_9283u32.to_le_bytes());
     assert_eq!(bytes[48..60], [3, 0, 1, 0, 0, 0, 1, 0, 5, 0, 0x0a, 0x0b]);
 }
 
@@ -69,7 +70,7 @@ fn answers_carry_the_dispatch_s_identity() {
     assert_eq!((combine.body_bytes, combine.origin, combine.server_ns), (20, Slot(2), 11));
     let abort = asked.abort(Slot(2), AbortReason::ExpertNotHeld);
     for header in [combine, abort, FrameHeader::probe(Slot(2))] {
-        assert_eq!(FrameHeader::decode(&header.encode(), 100), Ok(header));
+        assert_eq!(FrameHeader::decode(&header.encode(&[]), 100), Ok((header, BodyCrc(0))));
     }
     assert_eq!(AbortReason::from_flags(abort.flags), AbortReason::ExpertNotHeld);
     for flags in 0..20 {
@@ -79,7 +80,7 @@ fn answers_carry_the_dispatch_s_identity() {
 
 #[test]
 fn each_damage_has_its_error() {
-    let good = dispatch(3, 5, 4).encode();
+    let good = dispatch(3, 5, 4).encode(&[]);
     let with = |change: &dyn Fn(&mut [u8; HEADER_BYTES])| {
         let mut bytes = good;
         change(&mut bytes);
@@ -95,15 +96,25 @@ fn each_damage_has_its_error() {
         })
     };
     assert!(matches!(resealed(6, &[0, 9]), FrameError::UnknownKind { found: 0x900 }));
-    assert!(matches!(resealed(44, &101u32.to_le_bytes()), FrameError::BodyTooLong { found: 101, max: 100 }));
-    assert!(matches!(resealed(44, &75u32.to_le_bytes()), FrameError::Inconsistent { .. }));
+    assert!(matches!(resealed(40, &13u32.to_le_bytes()), FrameError::BodyTooLong { found: 103, max: 100 }));
     assert!(matches!(resealed(32, &6u32.to_le_bytes()), FrameError::Inconsistent { rows: 6, .. }));
-    for at in [32, 36, 40] {
-        assert!(matches!(resealed(at, &[0xff; 4]), FrameError::Inconsistent { .. }));
+    assert!(matches!(resealed(32, &[0xff; 4]), FrameError::Inconsistent { .. }));
+    for at in [36, 40] {
+        assert!(matches!(resealed(at, &[0xff; 4]), FrameError::BodyTooLong { .. }));
     }
-    assert!(matches!(resealed(32, &[0xff; 12]), FrameError::Inconsistent { .. }));
-    assert!(matches!(resealed(6, &[2, 0]), FrameError::Inconsistent { kind: Kind::Combine, .. }));
-    assert!(matches!(resealed(6, &[3, 0]), FrameError::Inconsistent { kind: Kind::Abort, .. }));
+    assert!(matches!(resealed(32, &[0xff; 12]), FrameError::Inconsistent { .. }), "beyond any address");
+}
+
+#[test]
+fn a_body_that_is_not_the_header_s_is_found_out() {
+    let (header, mut body) = small();
+    let (_, crc) = FrameHeader::decode(&header.encode(&body), 100).unwrap();
+    assert_eq!(crc.check(&body), Ok(()));
+    for bit in 0..8 * body.len() {
+        body[bit / 8] ^= 1 << (bit % 8);
+        assert!(matches!(crc.check(&body), Err(FrameError::BadBodyCrc { .. })), "bit {bit}");
+        body[bit / 8] ^= 1 << (bit % 8);
+    }
 }
 
 #[test]
@@ -156,7 +167,7 @@ proptest! {
             Kind::Combine => header.pairs * row_bytes,
             Kind::Abort | Kind::Probe => 0,
         };
-        prop_assert_eq!(FrameHeader::decode(&header.encode(), 1 << 23), Ok(header));
+        prop_assert_eq!(FrameHeader::decode(&header.encode(&[]), 1 << 23), Ok((header, BodyCrc(0))));
     }
 
     #[test]
@@ -174,14 +185,15 @@ proptest! {
         bytes[4..6].copy_from_slice(&PROTOCOL_VERSION.to_le_bytes());
         bytes[6..8].copy_from_slice(&kind.to_le_bytes());
         if small {
-            for at in [33, 34, 35, 37, 38, 39, 41, 42, 43, 45, 46, 47] {
+            for at in [33, 34, 35, 37, 38, 39, 41, 42, 43] {
                 bytes[at] = 0;
             }
         }
+        bytes[44..48].fill(0);
         reseal(&mut bytes);
-        if let Ok(header) = FrameHeader::decode(&bytes, 1000) {
+        if let Ok((header, _)) = FrameHeader::decode(&bytes, 1000) {
             prop_assert!(header.body_bytes <= 1000);
-            prop_assert_eq!(header.encode(), bytes);
+            prop_assert_eq!(header.encode(&[]), bytes);
         }
     }
 

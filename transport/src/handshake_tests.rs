@@ -146,12 +146,13 @@ fn another_version_is_refused_on_both_sides() {
     let mut client = Handshake::client(&credentials(Role::Attention), b"").unwrap();
     let mut server = Handshake::server(&credentials(Role::Expert), b"").unwrap();
     let mut hello = client.output().to_vec();
-    hello[8] = 2;
-    let wanted = HandshakeError::WrongVersion { ours: PROTOCOL_VERSION, theirs: 2 };
+    let theirs = PROTOCOL_VERSION + 1;
+    hello[8..10].copy_from_slice(&theirs.to_le_bytes());
+    let wanted = HandshakeError::WrongVersion { ours: PROTOCOL_VERSION, theirs };
     assert_eq!(server.advance(&hello), Err(wanted.clone()));
     let mut refusal = server.output().to_vec();
     assert_eq!(client.advance(&refusal), Err(HandshakeError::Refused(Refusal::WrongVersion)));
-    refusal[8] = 2;
+    refusal[8..10].copy_from_slice(&theirs.to_le_bytes());
     let mut client = Handshake::client(&credentials(Role::Attention), b"").unwrap();
     assert_eq!(client.advance(&refusal), Err(wanted));
 }

@@ -34,7 +34,7 @@ pub mod ucx;
 use std::time::{Duration, Instant};
 
 use buffer::FrameBuf;
-use fault::Way;
+use fault::{Spot, Way};
 use frame::FrameHeader;
 use mesh_core::{NodeId, Role, Slot};
 
@@ -226,9 +226,9 @@ pub trait Transport: Send {
     /// What was counted so far.
     fn stats(&self) -> TransportStats;
 
-    /// Flips a bit in the header of the next frame that goes `way` over a channel, behind the back of what checks headers;
-    /// whether this backend can. For [`fault`] alone, so that the real check meets real damage.
-    fn damage_next(&mut self, _channel: ChannelId, _way: Way, _bit: u16) -> bool {
+    /// Flips a bit of the next frame that goes `way` over a channel, behind the back of what checks frames; whether this
+    /// backend can. For [`fault`] alone, so that the real checks meet real damage.
+    fn damage_next(&mut self, _channel: ChannelId, _way: Way, _spot: Spot) -> bool {
         false
     }
 }

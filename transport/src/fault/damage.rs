@@ -1,4 +1,4 @@
-//! Headers that are damaged on their way: what a backend does for the wrapper, so that the real check meets the damage.
+//! Frames that are damaged on their way: what a backend does for the wrapper, so that the real checks meet the damage.
 
 use crate::frame::HEADER_BYTES;
 
@@ -11,27 +11,51 @@ pub enum Way {
     In,
 }
 
-/// Bits to be flipped in the next header of a channel, by [`Way`].
+/// Where a frame is damaged: which bit is flipped, counted round and round.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Spot {
+    /// In the header.
+    Header(u32),
+    /// In the body, of the next frame that has one.
+    Body(u32),
+}
+
+/// Damage to be done to the next frame of a channel, by [`Way`].
 #[derive(Clone, Debug, Default)]
-pub(crate) struct Damage([Option<u16>; 2]);
+pub(crate) struct Damage([Option<Spot>; 2]);
 
 impl Damage {
-    /// The next header that goes `way` will be damaged.
-    pub fn arm(&mut self, way: Way, bit: u16) {
-        self.0[way as usize] = Some(bit);
+    /// The next frame that goes `way` will be damaged.
+    pub fn arm(&mut self, way: Way, spot: Spot) {
+        self.0[way as usize] = Some(spot);
     }
 
-    /// The bit to be flipped in this header, if any; once.
-    pub fn take(&mut self, way: Way) -> Option<u16> {
+    /// What damage is to be done, if any; once.
+    pub fn take(&mut self, way: Way) -> Option<Spot> {
         self.0[way as usize].take()
     }
 
     /// Damages an encoded header if it is to be: after its CRC was computed on the way out, before it is checked on the
     /// way in.
-    pub fn strike(&mut self, way: Way, header: &mut [u8; HEADER_BYTES]) {
-        if let Some(bit) = self.take(way) {
-            let bit = usize::from(bit) % (HEADER_BYTES * 8);
-            header[bit / 8] ^= 1 << (bit % 8);
+    pub fn strike_header(&mut self, way: Way, header: &mut [u8; HEADER_BYTES]) {
+        if let Some(Spot::Header(bit)) = self.0[way as usize] {
+            self.0[way as usize] = None;
+            flip(header, bit);
         }
     }
+
+    /// Damages a body if it is to be, as [`Damage::strike_header`] does a header.
+    pub fn strike_body(&mut self, way: Way, body: &mut [u8]) {
+        if let Some(Spot::Body(bit)) = self.0[way as usize]
+            && !body.is_empty()
+        {
+            self.0[way as usize] = None;
+            flip(body, bit);
+        }
+    }
+}
+
+fn flip(bytes: &mut [u8], bit: u32) {
+    let bit = bit as usize % (bytes.len() * 8);
+    bytes[bit / 8] ^= 1 << (bit % 8);
 }

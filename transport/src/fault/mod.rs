@@ -5,7 +5,7 @@
 //! the nth frame that goes one way over the nth channel depends on the seed alone. Everything that is done is counted
 //! under its name in [`TransportStats::injected`], for comparison with what was refused.
 //!
-//! Faults are such as the receiver can see. A damaged body is not among them: no CRC covers bodies.
+//! Faults are such as the receiver can see.
 //!
 //! # Layout
 //! - here: the wrapper
@@ -24,7 +24,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 pub(crate) use damage::Damage;
-pub use damage::Way;
+pub use damage::{Spot, Way};
 use random::Random;
 pub use spec::{Fault, FaultSpec, FaultSpecError};
 
@@ -89,8 +89,8 @@ struct Held {
 struct Frame {
     header: FrameHeader,
     body: FrameBuf,
-    /// The bit to flip in its header on its way out.
-    damage: Option<u16>,
+    /// The bit to flip in it on its way out.
+    damage: Option<Spot>,
 }
 
 /// Whether a frame goes on at once.
@@ -171,11 +171,13 @@ impl Faulty {
                 }
             },
             Fault::Corrupt => {
-                let bit = random.next() as u16;
+                let drawn = random.next();
+                let in_body = drawn >> 63 == 1 && !frame.body.is_empty();
+                let spot = if in_body { Spot::Body(drawn as u32) } else { Spot::Header(drawn as u32) };
                 match way {
-                    Way::Out => frame.damage = Some(bit),
+                    Way::Out => frame.damage = Some(spot),
                     // This one has passed its check already: it is the next one's turn. Counted when that is found out.
-                    Way::In if self.inner.damage_next(id, Way::In, bit) => channel.awaits_damage = true,
+                    Way::In if self.inner.damage_next(id, Way::In, spot) => channel.awaits_damage = true,
                     Way::In => self.count(fault.skipped()),
                 }
                 self.forward(id, way, frame, Hold::No)
@@ -242,8 +244,8 @@ impl Faulty {
             self.ready.push(Event::Frame { channel: id, header, body });
             return Ok(());
         }
-        if let Some(bit) = damage {
-            let damaged = self.inner.damage_next(id, Way::Out, bit);
+        if let Some(spot) = damage {
+            let damaged = self.inner.damage_next(id, Way::Out, spot);
             self.count(if damaged { Fault::Corrupt.injected() } else { Fault::Corrupt.skipped() });
         }
         self.inner.send(id, &header, body)
@@ -371,7 +373,7 @@ impl Transport for Faulty {
         TransportStats { injected: self.counts.clone(), ..self.inner.stats() }
     }
 
-    fn damage_next(&mut self, channel: ChannelId, way: Way, bit: u16) -> bool {
-        self.inner.damage_next(channel, way, bit)
+    fn damage_next(&mut self, channel: ChannelId, way: Way, spot: Spot) -> bool {
+        self.inner.damage_next(channel, way, spot)
     }
 }

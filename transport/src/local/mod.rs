@@ -12,7 +12,7 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use crate::buffer::{FrameBuf, Window};
-use crate::fault::{Damage, Way};
+use crate::fault::{Damage, Spot, Way};
 use crate::frame::{FrameHeader, HEADER_BYTES};
 use crate::spin::SpinBudget;
 use crate::{
@@ -240,8 +240,8 @@ impl Transport for LocalTransport {
         TransportStats { bodies_in_use: self.window.in_use(), channels: self.links.len(), ..stats }
     }
 
-    fn damage_next(&mut self, channel: ChannelId, way: Way, bit: u16) -> bool {
-        self.links.get_mut(&channel).map(|link| link.damage.arm(way, bit)).is_some()
+    fn damage_next(&mut self, channel: ChannelId, way: Way, spot: Spot) -> bool {
+        self.links.get_mut(&channel).map(|link| link.damage.arm(way, spot)).is_some()
     }
 }
 

@@ -12,7 +12,7 @@ use mio::net::TcpStream;
 
 use crate::buffer::{FrameBuf, Window};
 use crate::fault::{Damage, Way};
-use crate::frame::{FrameHeader, HEADER_BYTES};
+use crate::frame::{BodyCrc, FrameError, FrameHeader, HEADER_BYTES};
 use crate::{FRAMES_QUEUED_MAX, TransportError};
 
 const STAGING_BYTES: usize = 16 << 10;
@@ -37,6 +37,7 @@ impl Outgoing {
 
 struct Incoming {
     header: FrameHeader,
+    crc: BodyCrc,
     body: FrameBuf,
     filled: usize,
 }
@@ -91,12 +92,13 @@ impl Conn {
     }
 
     /// Queues a frame and writes what the socket takes.
-    pub fn send(&mut self, header: &FrameHeader, body: FrameBuf) -> Result<(), TransportError> {
+    pub fn send(&mut self, header: &FrameHeader, mut body: FrameBuf) -> Result<(), TransportError> {
         if self.outgoing.len() >= FRAMES_QUEUED_MAX {
             return Err(TransportError::SlowPeer { peer: self.peer.clone(), frames: self.outgoing.len() });
         }
-        let mut header = header.encode();
-        self.damage.strike(Way::Out, &mut header);
+        let mut header = header.encode(&body);
+        self.damage.strike_header(Way::Out, &mut header);
+        self.damage.strike_body(Way::Out, &mut body);
         self.outgoing.push_back(Outgoing { header, body, written: 0 });
         self.flush()
     }
@@ -166,7 +168,9 @@ impl Conn {
             incoming.filled += now;
             self.staged.start += now;
             if incoming.filled == incoming.body.len() {
-                if let Some(Incoming { header, body, .. }) = self.incoming.take() {
+                if let Some(Incoming { header, crc, mut body, .. }) = self.incoming.take() {
+                    self.damage.strike_body(Way::In, &mut body);
+                    crc.check(&body).map_err(|error| self.bad_frame(error))?;
                     each(header, body);
                     frames += 1;
                 }
@@ -187,13 +191,13 @@ impl Conn {
             return Ok(false);
         };
         let mut bytes = *bytes;
-        self.damage.strike(Way::In, &mut bytes);
-        let header = FrameHeader::decode(&bytes, window.body_bytes_max())
-            .map_err(|error| TransportError::Frame { peer: self.peer.clone(), error })?;
+        self.damage.strike_header(Way::In, &mut bytes);
+        let (header, crc) =
+            FrameHeader::decode(&bytes, window.body_bytes_max()).map_err(|error| self.bad_frame(error))?;
         match window.take_received(header.body_bytes as usize) {
             Ok(body) => {
                 self.staged.start += HEADER_BYTES;
-                self.incoming = Some(Incoming { header, body, filled: 0 });
+                self.incoming = Some(Incoming { header, crc, body, filled: 0 });
                 Ok(true)
             }
             Err(TransportError::WindowFull { .. }) => {
@@ -244,6 +248,10 @@ impl Conn {
             Err(error) if error.kind() == ErrorKind::Interrupted => Ok(0),
             Err(error) => Err(self.broken("read from a peer", error)),
         }
+    }
+
+    fn bad_frame(&self, error: FrameError) -> TransportError {
+        TransportError::Frame { peer: self.peer.clone(), error }
     }
 
     fn broken(&self, what: &'static str, source: std::io::Error) -> TransportError {

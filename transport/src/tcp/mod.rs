@@ -17,7 +17,7 @@ use mio::net::{TcpListener, TcpStream};
 use mio::{Events, Interest, Poll, Token};
 
 use crate::buffer::{FrameBuf, Window};
-use crate::fault::Way;
+use crate::fault::{Spot, Way};
 use crate::frame::{FrameHeader, HEADER_BYTES};
 use crate::handshake::{Handshake, HandshakeError, Proven};
 use crate::spin::SpinBudget;
@@ -368,8 +368,8 @@ impl Transport for TcpTransport {
         TransportStats { bodies_in_use, channels, ..self.stats.clone() }
     }
 
-    fn damage_next(&mut self, channel: ChannelId, way: Way, bit: u16) -> bool {
-        self.conns.get_mut(&channel).map(|conn| conn.damage.arm(way, bit)).is_some()
+    fn damage_next(&mut self, channel: ChannelId, way: Way, spot: Spot) -> bool {
+        self.conns.get_mut(&channel).map(|conn| conn.damage.arm(way, spot)).is_some()
     }
 }
 

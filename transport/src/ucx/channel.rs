@@ -4,7 +4,8 @@ use std::collections::VecDeque;
 
 use super::inbox::{CREDITS, Descriptor, HEAD_BYTES, PREFIX_BYTES, Payload, Token};
 use crate::buffer::FrameBuf;
-use crate::frame::{FrameError, FrameHeader, HEADER_BYTES};
+use crate::fault::{Damage, Way};
+use crate::frame::{BodyCrc, FrameError, FrameHeader, HEADER_BYTES};
 
 /// Frames on their way out of one channel.
 #[derive(Debug)]
@@ -73,17 +74,20 @@ impl Outgoing {
     }
 }
 
+/// A header, and what its body has to give.
+type Head = (FrameHeader, BodyCrc);
+
 /// Where a frame on its way in has got to.
 #[derive(Debug)]
 enum Place {
     /// Nothing of it is here.
     Absent,
     /// It has no buffer yet.
-    Unbuffered(FrameHeader, Payload),
+    Unbuffered(Head, Payload),
     /// It is being fetched.
-    Fetching(FrameHeader),
+    Fetching(Head),
     /// It is whole.
-    Whole(FrameHeader, FrameBuf),
+    Whole(Head, FrameBuf),
 }
 
 /// Frames on their way in. UCX keeps no order between small frames and large ones: this does.
@@ -143,11 +147,11 @@ impl Incoming {
         payload: Payload,
         body_bytes_max: usize,
     ) -> Result<Step, (Wrong, Payload)> {
-        let header = match FrameHeader::decode(header, body_bytes_max) {
-            Ok(header) => header,
+        let head = match FrameHeader::decode(header, body_bytes_max) {
+            Ok(head) => head,
             Err(error) => return Err((Wrong::Frame(error), payload)),
         };
-        let (said, came) = (header.body_bytes as usize, payload.bytes());
+        let (said, came) = (head.0.body_bytes as usize, payload.bytes());
         if said != came {
             return Err((Wrong::Length { header: said, body: came }, payload));
         }
@@ -160,13 +164,13 @@ impl Incoming {
             return Err((Wrong::Number(number), payload));
         }
         let (place, step) = match payload {
-            Payload::Whole(body) => (Place::Whole(header, body), Step::Deliver),
+            Payload::Whole(body) => (Place::Whole(head, body), Step::Deliver),
             Payload::Remote { descriptor, body: Some(body), .. } => {
-                (Place::Fetching(header), Step::Fetch { number, descriptor, body })
+                (Place::Fetching(head), Step::Fetch { number, descriptor, body })
             }
             payload => {
                 self.unbuffered += 1;
-                (Place::Unbuffered(header, payload), Step::NeedsBuffer)
+                (Place::Unbuffered(head, payload), Step::NeedsBuffer)
             }
         };
         self.places[at] = place;
@@ -181,21 +185,21 @@ impl Incoming {
         }
         let at = self.places.iter().position(|place| matches!(place, Place::Unbuffered(..) | Place::Absent))?;
         let number = self.delivered + at as u64;
-        let Place::Unbuffered(header, payload) = std::mem::replace(&mut self.places[at], Place::Absent) else {
+        let Place::Unbuffered(head, payload) = std::mem::replace(&mut self.places[at], Place::Absent) else {
             return None;
         };
         let Some(mut body) = take(number, payload.bytes()) else {
-            self.places[at] = Place::Unbuffered(header, payload);
+            self.places[at] = Place::Unbuffered(head, payload);
             return None;
         };
         self.unbuffered -= 1;
         let (place, step) = match payload {
-            Payload::Whole(body) => (Place::Whole(header, body), Step::Deliver),
+            Payload::Whole(body) => (Place::Whole(head, body), Step::Deliver),
             Payload::Copied(bytes) => {
                 body.copy_from_slice(&bytes);
-                (Place::Whole(header, body), Step::Deliver)
+                (Place::Whole(head, body), Step::Deliver)
             }
-            Payload::Remote { descriptor, .. } => (Place::Fetching(header), Step::Fetch { number, descriptor, body }),
+            Payload::Remote { descriptor, .. } => (Place::Fetching(head), Step::Fetch { number, descriptor, body }),
         };
         self.places[at] = place;
         Some(step)
@@ -210,18 +214,19 @@ impl Incoming {
     pub fn fetched(&mut self, number: u64, body: FrameBuf) {
         let at = number.checked_sub(self.delivered).and_then(|at| self.places.get_mut(at as usize));
         if let Some(place) = at
-            && let Place::Fetching(header) = *place
+            && let Place::Fetching(head) = *place
         {
-            *place = Place::Whole(header, body);
+            *place = Place::Whole(head, body);
         }
     }
 
-    /// The next frame in order, if it is whole.
-    pub fn next(&mut self) -> Option<(FrameHeader, FrameBuf)> {
+    /// The next frame in order, if it is whole, or what is wrong with its body.
+    pub fn next(&mut self, damage: &mut Damage) -> Option<Result<(FrameHeader, FrameBuf), FrameError>> {
         match self.places.pop_front()? {
-            Place::Whole(header, body) => {
+            Place::Whole((header, crc), mut body) => {
                 self.delivered += 1;
-                Some((header, body))
+                damage.strike_body(Way::In, &mut body);
+                Some(crc.check(&body).map(|()| (header, body)))
             }
             place => {
                 self.places.push_front(place);
@@ -259,7 +264,7 @@ mod tests {
     const BODY_BYTES_MAX: usize = 1024;
 
     fn header() -> [u8; HEADER_BYTES] {
-        FrameHeader::probe(Slot(1)).encode()
+        FrameHeader::probe(Slot(1)).encode(&[])
     }
 
     fn arrive(incoming: &mut Incoming, number: u64) -> Result<Step, (Wrong, Payload)> {
@@ -272,10 +277,10 @@ mod tests {
         for number in [2, 0, 3] {
             arrive(&mut incoming, number).unwrap();
         }
-        assert!(incoming.next().is_some());
-        assert!(incoming.next().is_none(), "frame 1 is not here yet");
+        assert!(incoming.next(&mut Damage::default()).is_some());
+        assert!(incoming.next(&mut Damage::default()).is_none(), "frame 1 is not here yet");
         arrive(&mut incoming, 1).unwrap();
-        assert_eq!(std::iter::from_fn(|| incoming.next()).count(), 3);
+        assert_eq!(std::iter::from_fn(|| incoming.next(&mut Damage::default())).count(), 3);
     }
 
     #[test]
@@ -283,10 +288,30 @@ mod tests {
         let mut incoming = Incoming::default();
         arrive(&mut incoming, 0).unwrap();
         assert_eq!(arrive(&mut incoming, 0).unwrap_err().0, Wrong::Number(0));
-        incoming.next().unwrap();
+        incoming.next(&mut Damage::default()).unwrap().unwrap();
         assert_eq!(arrive(&mut incoming, 0).unwrap_err().0, Wrong::Number(0));
         arrive(&mut incoming, CREDITS).unwrap();
         assert_eq!(arrive(&mut incoming, CREDITS + 1).unwrap_err().0, Wrong::Number(CREDITS + 1));
+    }
+
+    #[test]
+    fn a_damaged_body_is_refused_when_it_is_its_turn() {
+        let mut incoming = Incoming::default();
+        let mut damage = Damage::default();
+        damage.arm(Way::In, crate::fault::Spot::Body(3));
+        let mut body = Window::new(1, BODY_BYTES_MAX).take(8).unwrap();
+        body.fill(1);
+        let row = FrameHeader {
+            kind: crate::frame::Kind::Combine,
+            pairs: 1,
+            row_bytes: 8,
+            body_bytes: 8,
+            ..FrameHeader::probe(Slot(1))
+        };
+        arrive(&mut incoming, 0).unwrap();
+        incoming.arrived(1, &row.encode(&body), Payload::Whole(body), BODY_BYTES_MAX).unwrap();
+        assert!(incoming.next(&mut damage).unwrap().is_ok(), "a frame without a body");
+        assert!(matches!(incoming.next(&mut damage), Some(Err(FrameError::BadBodyCrc { .. }))));
     }
 
     #[test]
@@ -317,7 +342,7 @@ mod tests {
             .is_some()
         {}
         assert_eq!(asked, [0, 1]);
-        assert_eq!(std::iter::from_fn(|| incoming.next()).count(), 2);
+        assert_eq!(std::iter::from_fn(|| incoming.next(&mut Damage::default())).count(), 2);
     }
 
     #[test]
@@ -345,7 +370,7 @@ mod tests {
         let mut acknowledged = Vec::new();
         for number in 0..2 * ACK_EVERY + 1 {
             arrive(&mut incoming, number).unwrap();
-            incoming.next().unwrap();
+            incoming.next(&mut Damage::default()).unwrap().unwrap();
             acknowledged.extend(incoming.acknowledge_now(ACK_EVERY));
         }
         assert_eq!(acknowledged, [ACK_EVERY, 2 * ACK_EVERY]);

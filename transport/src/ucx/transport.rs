@@ -14,7 +14,7 @@ use super::peer::{Channel, failed, unavailable, violation};
 use super::sleep::{Waker, Watched};
 use super::worker::{Finished, Worker};
 use crate::buffer::{FrameBuf, Window};
-use crate::fault::{Damage, Way};
+use crate::fault::{Damage, Spot, Way};
 use crate::frame::{FrameHeader, HEADER_BYTES};
 use crate::spin::SpinBudget;
 use crate::{
@@ -180,7 +180,7 @@ impl UcxTransport {
         let id = channel.id;
         match arrival {
             Arrival::Frame { number, mut header, payload } => {
-                channel.damage.strike(Way::In, &mut header);
+                channel.damage.strike_header(Way::In, &mut header);
                 match channel.incoming.arrived(number, &header, payload, body_bytes_max) {
                     Ok(step) => self.step(token, step),
                     Err((wrong, payload)) => {
@@ -271,10 +271,23 @@ impl UcxTransport {
     fn deliver(&mut self, events: &mut Vec<Event>) {
         while let Some(place) = self.touched.pop() {
             let Some(channel) = self.channels[place].as_mut() else { continue };
-            while let Some((header, body)) = channel.incoming.next() {
+            let mut bad = None;
+            while let Some(next) = channel.incoming.next(&mut channel.damage) {
                 self.worker.inbox().delivered(channel.token);
-                self.stats.received(HEADER_BYTES + body.len());
-                events.push(Event::Frame { channel: channel.id, header, body });
+                match next {
+                    Ok((header, body)) => {
+                        self.stats.received(HEADER_BYTES + body.len());
+                        events.push(Event::Frame { channel: channel.id, header, body });
+                    }
+                    Err(error) => {
+                        bad = Some((channel.id, TransportError::Frame { peer: channel.name.clone(), error }));
+                        break;
+                    }
+                }
+            }
+            if let Some((id, error)) = bad {
+                self.break_later(id, error);
+                continue;
             }
             let Some(count) = channel.incoming.acknowledge_now(ACK_EVERY) else { continue };
             let theirs = channel.outgoing.theirs();
@@ -416,7 +429,7 @@ impl Transport for UcxTransport {
         self.window.take(bytes)
     }
 
-    fn send(&mut self, channel: ChannelId, header: &FrameHeader, body: FrameBuf) -> Result<(), TransportError> {
+    fn send(&mut self, channel: ChannelId, header: &FrameHeader, mut body: FrameBuf) -> Result<(), TransportError> {
         let body_bytes_max = self.limits.body_bytes_max;
         let open = self.at(channel).ok_or(TransportError::NoChannel { channel })?;
         header.check_with_body(&body, body_bytes_max).map_err(TransportError::BadSend)?;
@@ -427,8 +440,9 @@ impl Transport for UcxTransport {
             self.break_later(channel, TransportError::SlowPeer { peer, frames });
             return Ok(());
         }
-        let mut header = header.encode();
-        open.damage.strike(Way::Out, &mut header);
+        let mut header = header.encode(&body);
+        open.damage.strike_header(Way::Out, &mut header);
+        open.damage.strike_body(Way::Out, &mut body);
         if let Some(head) = open.outgoing.straight(&header) {
             self.post(place, &head, body);
         } else {
@@ -473,8 +487,8 @@ impl Transport for UcxTransport {
         }
     }
 
-    fn damage_next(&mut self, channel: ChannelId, way: Way, bit: u16) -> bool {
-        self.at(channel).map(|open| open.damage.arm(way, bit)).is_some()
+    fn damage_next(&mut self, channel: ChannelId, way: Way, spot: Spot) -> bool {
+        self.at(channel).map(|open| open.damage.arm(way, spot)).is_some()
     }
 }
 

@@ -85,15 +85,20 @@ fn a_bad_frame_closes_its_channel_and_no_other() {
     let mesh = Mesh::new(TransportKind::Tcp);
     let (mut client, mut server) = (mesh.client(0, &Limits::default()), mesh.server(0, &Limits::default()));
     let (near, far) = meet(&mut client, &mut server);
-    let good = dispatch(1, 2, 100).encode();
+    let body = vec![7; dispatch(1, 2, 100).body_bytes as usize];
+    let good = dispatch(1, 2, 100).encode(&body);
     let damaged = |at: usize| {
         let mut bytes = good;
         bytes[at] ^= 0x40;
         bytes
     };
-    let huge = FrameHeader { body_bytes: u32::MAX, ..dispatch(1, 2, 100) }.encode();
-    let lying = FrameHeader { pairs: 3_000_000_000, ..dispatch(1, 2, 100) }.encode();
-    for (n, bytes) in [damaged(0), damaged(4), damaged(30), damaged(63), huge, lying].into_iter().enumerate() {
+    let huge = FrameHeader { row_bytes: u32::MAX, ..dispatch(1, 2, 100) }.encode(&body);
+    let lying = FrameHeader { rows: 3_000_000_000, ..dispatch(1, 2, 100) }.encode(&body);
+    let mut other_body = body.clone();
+    other_body[99] ^= 1;
+    let other_body = [&good[..], &other_body].concat();
+    let heads = [damaged(0), damaged(4), damaged(30), damaged(45), damaged(63), huge, lying];
+    for (n, bytes) in heads.map(Vec::from).into_iter().chain([other_body]).enumerate() {
         let mut stream = intrude(&mut server);
         stream.write_all(&bytes).unwrap();
         let event = next(&mut server);
@@ -119,7 +124,7 @@ fn a_frame_cut_off_in_its_middle_is_not_delivered_and_frees_its_body() {
     let mut server = Mesh::new(TransportKind::Tcp).server(0, &Limits::default());
     for cut in [1, 63, 64, 100, 263] {
         let mut stream = intrude(&mut server);
-        let mut bytes = dispatch(1, 2, 100).encode().to_vec();
+        let mut bytes = dispatch(1, 2, 100).encode(&[1; 264]).to_vec();
         bytes.resize(264 + 64, 1);
         stream.write_all(&bytes[..cut]).unwrap();
         drop(stream);
@@ -135,8 +140,8 @@ fn a_frame_that_comes_byte_by_byte_arrives_whole() {
     let mut stream = intrude(&mut server);
     stream.set_nodelay(true).unwrap();
     let header = dispatch(1, 1, 20);
-    let mut bytes = header.encode().to_vec();
-    bytes.resize(64 + header.body_bytes as usize, 7);
+    let body = vec![7; header.body_bytes as usize];
+    let bytes = [&header.encode(&body)[..], &body].concat();
     let mut events = Vec::new();
     for byte in &bytes {
         assert!(events.is_empty());
