@@ -460,7 +460,7 @@ impl Exchange {
 
     /// From when on a frame without an answer means that its node is silent.
     fn silent_from(&self, sent: &Sent, now: Instant) -> Instant {
-        sent.at + self.health.silence(sent.work, now)
+        sent.at + self.health.silence(sent.slot, sent.work, now)
     }
 
     /// Asks other holders for what frame `index` asked for, and for the rest of its destination.

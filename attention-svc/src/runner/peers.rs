@@ -13,8 +13,10 @@ const FORGET_HALF: Duration = Duration::from_secs(5);
 const SLOWEST_HALF: Duration = Duration::from_secs(10);
 /// So many times the slowest answer of late is silence.
 const SILENCE_FACTOR: f64 = 4.0;
-/// A node whose silence ended without an answer is avoided for this long, twice as long after each further time.
-const AVOID_MIN: Duration = Duration::from_millis(250);
+/// A node that was silent is asked only where nobody else holds an expert, until it is heard or for this long.
+const DOUBT_MAX: Duration = Duration::from_secs(5);
+/// And it is not asked at all for this long, twice as long after each further time.
+const AVOID_MIN: Duration = Duration::from_millis(500);
 const AVOID_MAX: Duration = Duration::from_secs(4);
 /// A pair's share of a frame's cost beside its experts': a further row of an expert that is read anyway.
 const PAIR_COST: f64 = 1.0 / 16.0;
@@ -45,6 +47,29 @@ impl Slowest {
     }
 }
 
+/// How long answers took of late: the slowest, in seconds, and the slowest for a unit of work.
+#[derive(Clone, Copy, Debug)]
+struct Pace {
+    answer: Slowest,
+    unit: Slowest,
+}
+
+impl Pace {
+    fn new(now: Instant) -> Self {
+        Self { answer: Slowest(0.0, now), unit: Slowest(0.0, now) }
+    }
+
+    fn add(&mut self, took: Duration, units: f64, now: Instant) {
+        self.answer.add(took.as_secs_f64(), now);
+        self.unit.add(took.as_secs_f64() / units.max(1.0), now);
+    }
+
+    /// What so much work may take, seconds.
+    fn at(&self, units: f64, now: Instant) -> f64 {
+        self.answer.at(now).min(self.unit.at(now) * units.max(1.0))
+    }
+}
+
 /// What is known of one slot.
 #[derive(Clone, Copy, Debug)]
 struct Seen {
@@ -53,8 +78,14 @@ struct Seen {
     avoided: Option<Instant>,
     /// The frame that it was silent about last.
     unanswered: Option<Unanswered>,
-    /// Times that it was silent since it last answered.
+    /// Times that it was silent since it was last heard.
     silences: u32,
+    /// Until then it is asked only where nobody else can be.
+    doubted: Option<Instant>,
+    /// When the first of its late answers came that no answer in time has followed.
+    late: Option<Instant>,
+    /// How slow answers were that came late again and again: they are waited for.
+    pace: Pace,
     /// Moving average of an answer's nanoseconds for a unit of work; 0: none yet.
     average: f64,
     heard: Instant,
@@ -62,7 +93,30 @@ struct Seen {
 
 impl Seen {
     fn new(connected: bool) -> Self {
-        Self { connected, avoided: None, unanswered: None, silences: 0, average: 0.0, heard: Instant::now() }
+        let now = Instant::now();
+        Self {
+            connected,
+            avoided: None,
+            unanswered: None,
+            silences: 0,
+            doubted: None,
+            late: None,
+            pace: Pace::new(now),
+            average: 0.0,
+            heard: now,
+        }
+    }
+}
+
+impl Seen {
+    fn learn(&mut self, took: Duration, units: f64, now: Instant) {
+        let each = took.as_nanos() as f64 / units.max(1.0);
+        self.average = if self.average == 0.0 { each } else { self.average + (each - self.average) * AVERAGE_SHARE };
+        self.heard = now;
+    }
+
+    fn is_doubted(&self, now: Instant) -> bool {
+        self.doubted.is_some_and(|until| until > now)
     }
 }
 
@@ -72,9 +126,8 @@ pub(super) struct Peers {
     slots: Vec<Seen>,
     silence_min: Duration,
     silence_max: Duration,
-    /// The slowest answer, seconds, and the slowest for a unit of work.
-    slowest: Slowest,
-    slowest_unit: Slowest,
+    /// How slow answers of all slots were that came in time.
+    pace: Pace,
     /// For each expert of the layer at hand, who was chosen; and what is asked of each slot so far.
     chosen: Vec<Option<Slot>>,
     asked: Vec<f64>,
@@ -90,9 +143,9 @@ impl Peers {
     /// Nobody yet. A node is silent when it owes an answer for four times the slowest of late, or the slowest for as much work
     /// if that is less; at least `silence_min`, at most `silence_max`.
     pub fn new(silence_min: Duration, silence_max: Duration) -> Self {
-        let slowest = Slowest(0.0, Instant::now());
+        let pace = Pace::new(Instant::now());
         let (chosen, asked, costs) = (Vec::new(), Vec::new(), Vec::new());
-        Self { slots: Vec::new(), silence_min, silence_max, slowest, slowest_unit: slowest, chosen, asked, costs }
+        Self { slots: Vec::new(), silence_min, silence_max, pace, chosen, asked, costs }
     }
 
     fn seen(&mut self, slot: Slot) -> &mut Seen {
@@ -123,18 +176,14 @@ impl Peers {
         self.slots.iter().filter_map(|s| s.avoided).filter(|until| *until > now).min()
     }
 
-    /// How long the answer to `units` of work may take before its node counts as silent. A decoded token's is not waited for
-    /// as long as a prompt's, though that was the slowest.
-    pub fn silence(&self, units: f64, now: Instant) -> Duration {
-        let slowest = self.slowest.at(now).min(self.slowest_unit.at(now) * units.max(1.0));
+    /// How long a slot's answer to `units` of work may take before its node counts as silent. A decoded token's is not waited
+    /// for as long as a prompt's, though that was the slowest.
+    pub fn silence(&self, slot: Slot, units: f64, now: Instant) -> Duration {
+        let own = self.slots.get(slot.index()).map_or(0.0, |seen| seen.pace.at(units, now));
+        let slowest = self.pace.at(units, now).max(own);
         // The bounds first: what is beyond a Duration is beyond them.
         let (min, max) = (self.silence_min.as_secs_f64(), self.silence_max.as_secs_f64());
         Duration::from_secs_f64((SILENCE_FACTOR * slowest).clamp(min, max))
-    }
-
-    fn slow(&mut self, took: Duration, units: f64, now: Instant) {
-        self.slowest.add(took.as_secs_f64(), now);
-        self.slowest_unit.add(took.as_secs_f64() / units.max(1.0), now);
     }
 
     /// The slot owes an answer for too long.
@@ -143,27 +192,42 @@ impl Peers {
         let avoid = AVOID_MIN.saturating_mul(1 << seen.silences.min(8)).min(AVOID_MAX);
         seen.silences += 1;
         seen.avoided = Some(now + avoid);
+        seen.doubted = Some(now + DOUBT_MAX);
         seen.unanswered = Some(of);
     }
 
-    /// The answer to a frame came from the slot: it lives. If this is what it was silent about, it was slow, which is
-    /// remembered; if not, an answer was lost, which says nothing of how long others take.
+    /// The answer to a frame came from the slot: it lives.
+    ///
+    /// An answer that ends a silence tells how long that was, which may be a node that stood still for a moment or an answer
+    /// that was lost: others are not waited for any longer. Only what comes late again, though it was asked for after the
+    /// last late answer had come, is a node that is slow: it is given the time that it takes.
     pub fn heard(&mut self, slot: Slot, seq: Seq, now: Instant) {
         let seen = self.seen(slot);
-        seen.silences = 0;
-        seen.avoided = None;
-        if let Some(of) = seen.unanswered.take_if(|of| of.seq == seq) {
-            self.slow(now.saturating_duration_since(of.sent), of.units, now);
+        let ended = std::mem::take(&mut seen.silences) > 0;
+        let late = seen.unanswered.take_if(|of| of.seq == seq);
+        (seen.avoided, seen.doubted) = (None, None);
+        if let Some(of) = late
+            && seen.late.is_some_and(|at| of.sent >= at)
+        {
+            let took = now.saturating_duration_since(of.sent);
+            seen.pace.add(took, of.units, now);
+            seen.learn(took, of.units, now);
+        }
+        if late.is_some() || ended {
+            seen.late.get_or_insert(now);
         }
     }
 
-    /// An answer for `units` of work took so long.
+    /// An answer for `units` of work, of a slot that was just [`heard`](Peers::heard), took so long.
     pub fn answered(&mut self, slot: Slot, took: Duration, units: f64, now: Instant) {
-        self.slow(took, units, now);
         let seen = self.seen(slot);
-        let each = took.as_nanos() as f64 / units.max(1.0);
-        seen.average = if seen.average == 0.0 { each } else { seen.average + (each - seen.average) * AVERAGE_SHARE };
-        seen.heard = now;
+        // This one was sent while the slot was silent.
+        if seen.late.is_some_and(|at| now.checked_sub(took).is_none_or(|sent| sent < at)) {
+            return;
+        }
+        seen.late = None;
+        seen.learn(took, units, now);
+        self.pace.add(took, units, now);
     }
 
     /// Begins the choices of one dispatch among `experts` experts.
@@ -183,15 +247,17 @@ impl Peers {
     }
 
     /// Who computes an expert's rows: of the usable holders the one that has to do the least, by what it is asked in this
-    /// dispatch and how fast it has been; in doubt the first. All of an expert's rows go to one node, which reads its weights
+    /// dispatch and how fast it has been, where two are equal the first; one that was silent comes last. All of an expert's rows go to one node, which reads its weights
     /// once.
     pub fn choose(&mut self, expert: ExpertId, holders: &[Slot], except: Option<Slot>, now: Instant) -> Option<Slot> {
         let usable = |s: &Slot| Some(*s) != except && self.usable(*s, now);
         if let Some(slot) = self.chosen.get(expert.index()).copied().flatten().filter(usable) {
             return Some(slot);
         }
+        let doubted = |s: &Slot| self.slots[s.index()].is_doubted(now);
         let after = |s: &Slot| self.asked[s.index()] + self.costs[s.index()];
-        let best = holders.iter().copied().filter(usable).min_by(|a, b| after(a).total_cmp(&after(b)))?;
+        let before = |a: &Slot, b: &Slot| doubted(a).cmp(&doubted(b)).then(after(a).total_cmp(&after(b)));
+        let best = holders.iter().copied().filter(usable).min_by(before)?;
         self.asked[best.index()] += self.costs[best.index()];
         if let Some(chosen) = self.chosen.get_mut(expert.index()) {
             *chosen = Some(best);
@@ -252,27 +318,48 @@ mod tests {
         assert_eq!(peers.next_try(now), Some(now + AVOID_MIN));
         assert_eq!(peers.next_try(now + AVOID_MIN), None, "nothing is left to wait for");
         peers.heard(Slot(1), Seq(2), now);
-        assert_eq!(chosen(&mut peers, &[&[0, 1]], now), [Some(1)]);
+        assert_eq!(chosen(&mut peers, &[&[0, 1], &[1, 2]], now), [Some(1), Some(2)]);
         peers.silent(Slot(1), frame(3), now);
-        assert!(peers.usable(Slot(1), now + AVOID_MIN), "it is tried again when nobody hears of it");
+        let got = chosen(&mut peers, &[&[0, 1], &[1, 2]], now + AVOID_MIN);
+        assert_eq!(got, [Some(1), Some(2)], "it is tried again where nobody else can be asked");
+        assert_eq!(chosen(&mut peers, &[&[1, 2]], now + DOUBT_MAX), [Some(1)], "and elsewhere when nobody hears of it");
     }
 
     #[test]
     fn silence_is_measured_by_how_long_answers_take() {
         let (mut peers, now) = peers(1);
-        assert_eq!(peers.silence(8.0, now), MIN);
+        let silence = |peers: &Peers, units, now| peers.silence(Slot(0), units, now);
+        assert_eq!(silence(&peers, 8.0, now), MIN);
         peers.answered(Slot(0), Duration::from_secs(1), 8.0, now);
-        assert_eq!(peers.silence(8.0, now), Duration::from_secs(4));
-        assert_eq!(peers.silence(80.0, now), Duration::from_secs(4), "nothing was slower so far");
-        assert_eq!(peers.silence(2.0, now), Duration::from_secs(1), "a quarter of the work");
-        assert_eq!(peers.silence(8.0, now + SLOWEST_HALF), Duration::from_secs(2));
-        // An answer that was lost changes nothing, however late others are heard of.
-        let lost = Duration::from_secs(5);
-        peers.silent(Slot(0), Unanswered { seq: Seq(7), sent: now - lost, units: 8.0 }, now);
-        peers.heard(Slot(0), Seq(8), now);
-        assert_eq!(peers.silence(8.0, now), Duration::from_secs(4));
-        // One that was slower than what was taken for silence: it gets more time.
-        peers.heard(Slot(0), Seq(7), now);
-        assert_eq!(peers.silence(8.0, now), MAX);
+        assert_eq!(silence(&peers, 8.0, now), Duration::from_secs(4));
+        assert_eq!(silence(&peers, 80.0, now), Duration::from_secs(4), "nothing was slower so far");
+        assert_eq!(silence(&peers, 2.0, now), Duration::from_secs(1), "a quarter of the work");
+        assert_eq!(silence(&peers, 8.0, now + SLOWEST_HALF), Duration::from_secs(2));
+    }
+
+    #[test]
+    fn a_node_that_stood_still_is_waited_for_no_longer_the_next_time_and_a_slow_one_is() {
+        let (mut peers, start) = peers(2);
+        let at = |ms| start + Duration::from_millis(ms);
+        let frame = |seq, sent| Unanswered { seq: Seq(seq), sent: at(sent), units: 8.0 };
+        let silence = |peers: &Peers, slot, ms| peers.silence(Slot(slot), 8.0, at(ms));
+        // Asked twice while it stands still, it answers both when it goes on, and the next in time.
+        peers.silent(Slot(0), frame(1, 0), at(500));
+        peers.silent(Slot(0), frame(2, 800), at(1300));
+        peers.heard(Slot(0), Seq(1), at(3000));
+        peers.heard(Slot(0), Seq(2), at(3001));
+        peers.answered(Slot(0), Duration::from_millis(400), 8.0, at(3002));
+        assert_eq!(silence(&peers, 0, 3002), MIN, "sent while it stood still");
+        peers.heard(Slot(0), Seq(3), at(3010));
+        peers.answered(Slot(0), Duration::from_millis(1), 8.0, at(3010));
+        // The next time the same.
+        peers.silent(Slot(0), frame(4, 4000), at(4500));
+        peers.heard(Slot(0), Seq(4), at(7000));
+        assert_eq!(silence(&peers, 0, 7000), MIN);
+        // Late again, though asked after the late one came: it is slow, and the other is not.
+        peers.silent(Slot(0), frame(5, 7001), at(7501));
+        peers.heard(Slot(0), Seq(5), at(8001));
+        assert_eq!(silence(&peers, 0, 8001), Duration::from_secs(4));
+        assert_eq!(silence(&peers, 1, 8001), MIN);
     }
 }
