@@ -12,7 +12,7 @@ use mesh_proto::limits::MESSAGE_BYTES_MAX;
 use mesh_proto::v1;
 use mesh_proto::v1::attention_server::AttentionServer;
 use mesh_service::advertise;
-use mesh_service::membership::{Evidence, NodeSpec, Registration, register};
+use mesh_service::membership::{Evidence, NodeSpec, Registration, SlotWish, register};
 use mesh_transport::frame::PROTOCOL_VERSION;
 use mesh_transport::{Credentials, Identity, Transport, TransportKind, choose, fault};
 use tokio::net::TcpListener;
@@ -185,9 +185,8 @@ impl Membership<'_> {
         shutdown: CancellationToken,
     ) -> Result<(), AttentionError> {
         let Self { config, spec, engine, views, service } = self;
-        // Its slot is the lowest free one, if the router has noticed that it was gone; if not, another will do.
-        let anew = NodeSpec { slot: None, ..spec.clone() };
         loop {
+            let anew = NodeSpec { slot: SlotWish::Rather(registration.slot), ..spec.clone() };
             let left = registration.run(views.clone(), &mut lost, shutdown.clone(), config.drain_max).await;
             match left {
                 Err(error) if error.may_rejoin() => {
@@ -260,7 +259,7 @@ fn spec(config: &AttentionConfig, opened: &Opened, addr: &str, kind: TransportKi
         transport: kind.to_string(),
         compute: opened.compute.kind(),
         protocol: PROTOCOL_VERSION.into(),
-        slot: config.slot,
+        slot: config.slot.into(),
         capacity_bytes: 0,
     }
 }

@@ -10,7 +10,7 @@ use mesh_kernels::packed::Packer;
 use mesh_model::{Checkpoint, ModelConfig};
 use mesh_proto::v1;
 use mesh_service::advertise;
-use mesh_service::membership::{NodeSpec, Registration, register};
+use mesh_service::membership::{NodeSpec, Registration, SlotWish, register};
 use mesh_transport::frame::{PROTOCOL_VERSION, dispatch_body_bytes};
 use mesh_transport::{Bound, Credentials, Identity, TransportKind, choose, fault};
 use tokio::sync::mpsc;
@@ -77,7 +77,7 @@ impl ExpertNode {
         let loader = Arc::new(Loader::new(checkpoint, packer, config.capacity_bytes));
         check_frame_size(&config, loader.shape().row_bytes)?;
         let counters = Arc::new(Counters::new(loader.shape().len(), loader.expert_bytes()));
-        let member = join(&config, &loader, &compute, &counters, config.register_for, Vec::new()).await?;
+        let member = join(&config, &loader, &compute, &counters, config.register_for, None).await?;
         let addr = member.addr.clone();
         Ok(Self { config, loader, compute, counters, member, addr })
     }
@@ -113,6 +113,7 @@ impl ExpertNode {
         let (_evidence, mut evidence_rx) = mpsc::channel(1);
         loop {
             let Member { registration, views, tables, engine, engine_ended, .. } = member;
+            let slot = registration.slot;
             let lease = registration.run(views, &mut evidence_rx, shutdown.clone(), config.drain_max);
             let ended = tokio::select! {
                 ended = lease => ended.map_err(ExpertError::from),
@@ -127,8 +128,8 @@ impl ExpertNode {
                 }
             };
             tracing::warn!(error = %lost, "membership lost; registering again");
-            let kept = tables.take();
-            let joined = join(&config, &loader, &compute, &counters, config.rejoin_for, kept);
+            let before = Some((slot, tables.take()));
+            let joined = join(&config, &loader, &compute, &counters, config.rejoin_for, before);
             member = tokio::select! {
                 member = joined => member?,
                 () = shutdown.cancelled() => return Ok(()),
@@ -137,24 +138,25 @@ impl ExpertNode {
     }
 }
 
-/// Binds, registers and starts an engine. Experts of `kept` are not loaded again.
+/// Binds, registers and starts an engine. A node that was a member `before` would have its slot again, and does not load again
+/// what it holds.
 async fn join(
     config: &ExpertConfig,
     loader: &Arc<Loader>,
     compute: &Arc<dyn Compute>,
     counters: &Arc<Counters>,
     register_for: Duration,
-    kept: Vec<Arc<ExpertTable>>,
+    before: Option<(Slot, Vec<Arc<ExpertTable>>)>,
 ) -> Result<Member, ExpertError> {
     let host = advertise::host(&config.listen, config.advertise.as_ref()).await?;
     let bound = bind(config)?;
     let addr = advertise::address(bound.local_addr(), host.as_ref());
     tracing::info!(bound = bound.local_addr(), %addr, "data plane bound");
     let mut spec = spec(config, loader, &addr);
-    if !kept.is_empty() {
-        // Its slot is the lowest free one, if the router has noticed that it was gone; if not, another will do.
-        spec.slot = None;
-    }
+    let kept = before.map_or_else(Vec::new, |(slot, kept)| {
+        spec.slot = SlotWish::Rather(slot);
+        kept
+    });
     let registration = register(&spec, register_for).await?;
     let (node, slot) = (registration.node, registration.slot);
     let identity = Identity { node, role: Role::Expert, slot, model: spec.model_digest };
@@ -229,7 +231,7 @@ fn spec(config: &ExpertConfig, loader: &Loader, addr: &str) -> NodeSpec {
         transport: transport.to_owned(),
         compute: loader.compute().kind(),
         protocol: PROTOCOL_VERSION.into(),
-        slot: config.slot,
+        slot: config.slot.into(),
         capacity_bytes: config.capacity_bytes,
     }
 }

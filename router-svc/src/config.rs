@@ -124,8 +124,9 @@ impl Default for RouterConfig {
     }
 }
 
-/// Heartbeats that a node may miss once others wait for it in vain.
-const SUSPECT_HEARTBEATS: u32 = 2;
+/// How long a node may take to be heard once others wait for it in vain. A node answers on a thread that does not compute;
+/// longer, and silent nodes that hold experts alone cost more than the second that is promised.
+const SUSPICION_MAX: Duration = Duration::from_millis(300);
 /// Most requests at once that a router can be told to take.
 const REQUESTS_LIMIT: usize = 1 << 16;
 
@@ -169,7 +170,7 @@ impl RouterConfig {
             rates_every: self.rates_every,
             hot_replicas: self.hot_replicas,
             moves_bytes_max: self.moves_bytes_max,
-            suspicion_max: self.heartbeat * SUSPECT_HEARTBEATS,
+            suspicion_max: SUSPICION_MAX,
             backoff_min: self.backoff_min,
             backoff_max: self.backoff_max,
             prepare_failures_max: self.prepare_failures_max,

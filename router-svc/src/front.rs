@@ -191,6 +191,7 @@ fn status(mesh: &Mesh, now: Instant) -> v1::StatusResponse {
         model: members.sameness().map(|n| n.registration.sameness.model.clone()),
         requests_active: 0,
         requests_total: 0,
+        moved: Some(mesh.moved()),
     }
 }
 

@@ -6,6 +6,7 @@
 //! - [`membership`]: who is registered, under which slot, and for how long (no IO, no clock)
 //! - [`mesh`]: the state machine of membership and two-phase views (no IO, no clock)
 //! - [`load`]: load and speed out of heartbeats, which placement rests on (no IO, no clock)
+//! - [`moved`]: what changes of the view had nodes load (no IO, no clock)
 //! - [`choice`]: which attention node takes a request
 //! - [`plane`]: the state machine at work: sessions, timer, channels to attention nodes
 //! - [`control`]: the service that nodes call
@@ -22,6 +23,7 @@ pub mod front;
 pub mod load;
 pub mod membership;
 pub mod mesh;
+pub mod moved;
 pub mod plane;
 pub mod relay;
 mod server;

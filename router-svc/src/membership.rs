@@ -27,8 +27,10 @@ pub struct Registration {
     pub addr: String,
     /// Its data plane's kind.
     pub transport: String,
-    /// The slot that it insists on.
+    /// The slot that it insists on, or would rather have than another.
     pub slot: Option<Slot>,
+    /// Whether another slot will do.
+    pub slot_optional: bool,
     /// Bytes that it may fill with experts; 0: no limit.
     pub capacity_bytes: u64,
     /// What must be the same all over the mesh.
@@ -86,6 +88,7 @@ impl TryFrom<v1::RegisterRequest> for Registration {
             addr: request.addr,
             transport: request.transport,
             slot,
+            slot_optional: request.slot_optional,
             capacity_bytes: request.capacity_bytes,
             sameness: Sameness {
                 version: request.version,
@@ -266,9 +269,16 @@ impl Members {
     fn free_slot(&self, registration: &Registration) -> Result<Slot, MeshError> {
         let role = registration.role;
         let holder = |slot: Slot| self.nodes.values().find(|n| n.role() == role && n.slot == slot);
+        let lowest = || {
+            let free = (0..SLOTS_MAX as u16).map(Slot).find(|s| holder(*s).is_none());
+            free.ok_or_else(|| {
+                MeshError::new(Code::Overloaded, format!("all {SLOTS_MAX} {role} slots are taken; stop a node first"))
+            })
+        };
         if let Some(slot) = registration.slot {
             return match holder(slot) {
                 None => Ok(slot),
+                Some(_) if registration.slot_optional => lowest(),
                 Some(holder) => {
                     let what = format!(
                         "{role} {slot} is taken by {}; name another slot, or none to get a free one",
@@ -278,10 +288,7 @@ impl Members {
                 }
             };
         }
-        let free = (0..SLOTS_MAX as u16).map(Slot).find(|s| holder(*s).is_none());
-        free.ok_or_else(|| {
-            MeshError::new(Code::Overloaded, format!("all {SLOTS_MAX} {role} slots are taken; stop a node first"))
-        })
+        lowest()
     }
 
     /// Opens the session of a registration.
@@ -316,11 +323,11 @@ impl Members {
         }
     }
 
-    /// Somebody waits for the node in vain: unless it is heard within `patience` of its last sign of life, it is lost.
-    pub fn suspect(&mut self, node: NodeId, patience: Duration) {
-        if let Some(node) = self.nodes.get_mut(&node).filter(|n| n.session) {
-            node.until = node.until.min(node.heard + patience);
-        }
+    /// Somebody waits for the node in vain: unless it is heard by then, it is lost. Whether it has to be heard sooner than
+    /// was known.
+    pub fn suspect(&mut self, node: NodeId, until: Instant) -> bool {
+        let suspected = self.nodes.get_mut(&node).filter(|n| n.session && n.until > until);
+        suspected.map(|node| node.until = until).is_some()
     }
 
     /// The node that goes by a name: its own, its id (`node-7`), or its role and slot (`expert-2`).
@@ -398,6 +405,7 @@ pub mod tests {
             transport: "tcp".into(),
             compute: "cpu".into(),
             slot: None,
+            slot_optional: false,
             capacity_bytes: 0,
         }
     }
@@ -438,6 +446,14 @@ pub mod tests {
         assert!(refused.node.contains("node-1"), "{refused:?}");
         let other = v1::RegisterRequest { slot: Some(3), ..request(Role::Attention) };
         assert_eq!(register(&mut m, other, now).unwrap().1, Slot(3));
+    }
+
+    #[test]
+    fn a_slot_that_is_only_wished_for_is_had_if_it_is_free() {
+        let (mut m, now) = members();
+        let wished = v1::RegisterRequest { slot: Some(3), slot_optional: true, ..request(Role::Expert) };
+        assert_eq!(register(&mut m, wished.clone(), now).unwrap().1, Slot(3));
+        assert_eq!(register(&mut m, wished, now).unwrap().1, Slot(0), "the lowest free one");
     }
 
     #[test]

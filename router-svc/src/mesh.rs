@@ -8,14 +8,16 @@ use std::collections::BTreeSet;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use mesh_core::balance::{self, NodeRoom, Placed, Wanted};
-use mesh_core::placement::PlacementError;
+use mesh_core::balance::Placed;
 use mesh_core::view::{Member, View};
 use mesh_core::{NodeId, Role, Slot, ViewId};
 use mesh_proto::{Code, MeshError, v1};
 
 use crate::load::Loads;
 use crate::membership::{Members, Node, Registration, Token};
+use crate::moved::Moved;
+
+mod placing;
 
 /// The bounds that the control plane keeps.
 #[derive(Clone, Debug)]
@@ -93,6 +95,8 @@ pub enum Order {
     Commit(ViewId),
     /// Forget the prepared view.
     Abandon(ViewId),
+    /// Others wait for the node in vain: it is to be heard at once.
+    Ping,
 }
 
 /// What is to be done.
@@ -163,6 +167,7 @@ pub struct Mesh {
     rates_at: Instant,
     /// Changes abandoned in a row.
     abandoned: u32,
+    moved: Moved,
     actions: Vec<Action>,
 }
 
@@ -182,8 +187,14 @@ impl Mesh {
             rates: Vec::new(),
             rates_at: Instant::now(),
             abandoned: 0,
+            moved: Moved::default(),
             actions: Vec::new(),
         }
+    }
+
+    /// What changes had nodes load so far.
+    pub fn moved(&self) -> v1::Moved {
+        self.moved.to_wire(self.policy.moves_bytes_max.max(self.expert_bytes()))
     }
 
     /// The nodes.
@@ -261,7 +272,7 @@ impl Mesh {
             }
             Event::Failed(node, view, reason) => self.failed(node, view, &reason, now),
             Event::Draining(node, why) => self.drain(node, &why, now),
-            Event::Evidence(from, view, slot, what) => self.evidence(from, view, slot, &what),
+            Event::Evidence(from, view, slot, what) => self.evidence(from, view, slot, &what, now),
             Event::Leaving(node, why) => self.remove(node, &format!("left: {why}"), End::InOrder, now),
             Event::Lost(node, why) => self.remove(node, &why, End::Lost, now),
             Event::Tick => {}
@@ -281,10 +292,10 @@ impl Mesh {
 
     fn tick(&mut self, now: Instant) {
         for node in self.members.expired(now) {
-            let live = self.members.get(node).is_some_and(Node::is_live);
-            let why = match live {
-                true => format!("no heartbeat within its lease of {:?}", self.policy.lease),
-                false => format!("no session within {:?} of its registration", self.policy.hello_max),
+            let heard = self.members.get(node).filter(|n| n.is_live()).map(|n| n.heard);
+            let why = match heard {
+                Some(at) => format!("no heartbeat for {:?}", now.saturating_duration_since(at)),
+                None => format!("no session within {:?} of its registration", self.policy.hello_max),
             };
             self.remove(node, &why, End::Lost, now);
         }
@@ -334,11 +345,11 @@ impl Mesh {
     }
 
     /// What an attention node saw of an expert node: with a heartbeat overdue too, it is lost.
-    fn evidence(&mut self, from: NodeId, view: ViewId, slot: Slot, what: &str) {
+    fn evidence(&mut self, from: NodeId, view: ViewId, slot: Slot, what: &str, now: Instant) {
         let of_view = self.view.as_ref().filter(|v| v.id == view).and_then(|v| v.expert(slot)).map(|m| m.node);
         tracing::warn!(from = self.label(from), view = view.0, %slot, what, "evidence");
-        if let Some(node) = of_view {
-            self.members.suspect(node, self.policy.suspicion_max);
+        if let Some(node) = of_view.filter(|n| self.members.suspect(*n, now + self.policy.suspicion_max)) {
+            self.actions.push(Action::Send(node, Order::Ping));
         }
     }
 
@@ -455,6 +466,7 @@ impl Mesh {
             deferred = placed.deferred,
             "preparing view"
         );
+        self.moved.count(&placed.moves, self.expert_bytes());
         if placed.deferred {
             self.review_within(self.policy.debounce, now);
         }
@@ -500,112 +512,6 @@ impl Mesh {
         }
         let placement = placed.placement.clone();
         Some((View { id: ViewId(self.view_next), attention, experts, placement }, placed))
-    }
-
-    fn place(&self, experts: &[Member]) -> Result<Placed, PlacementError> {
-        let Some(first) = self.members.sameness() else { return Err(PlacementError::NoNodes { experts: 0 }) };
-        let registration = &first.registration;
-        let (moe_layers, per_layer) = (&registration.moe_layers, registration.sameness.model.experts as usize);
-        let nodes: Vec<NodeRoom> = experts.iter().filter_map(|m| self.members.get(m.node)).map(Node::room).collect();
-        let replicas = self.policy.replicas.clamp(1, nodes.len().max(1));
-        if replicas < self.policy.replicas {
-            tracing::warn!(wanted = self.policy.replicas, replicas, "fewer expert nodes than replicas wanted");
-        }
-        let expert_bytes = self.expert_bytes().max(1);
-        balance::place(&Wanted {
-            moe_layers,
-            experts: per_layer,
-            nodes: &nodes,
-            replicas,
-            loads: &self.rates,
-            hot_replicas: self.policy.hot_replicas,
-            moves_max: usize::try_from(self.policy.moves_bytes_max / expert_bytes).unwrap_or(usize::MAX).max(1),
-            before: self.view.as_ref().map(|v| &v.placement),
-        })
-    }
-
-    /// Bytes of one expert, as expert nodes say; 0 while none has said so.
-    fn expert_bytes(&self) -> u64 {
-        self.members.live(Role::Expert).map(|n| n.load.expert_bytes).max().unwrap_or(0)
-    }
-
-    /// What a change now would load, and its bytes; and whether the change was begun. `None`: nothing is to be done.
-    ///
-    /// # Errors
-    /// [`Code::Overloaded`] while another change is under way, [`Code::NotServing`] without a view.
-    pub fn rebalance(
-        &mut self,
-        dry_run: bool,
-        now: Instant,
-    ) -> Result<(v1::RebalanceResponse, Vec<Action>), MeshError> {
-        if self.view.is_none() {
-            return Err(self.why_not_serving());
-        }
-        if let Some(change) = self.change.as_ref().filter(|_| !dry_run) {
-            let what = format!("{} is being prepared; try again once it is in force", change.view.id);
-            return Err(MeshError::new(Code::Overloaded, what));
-        }
-        self.measure_speeds(now);
-        self.measure_rates(now);
-        let Some((view, placed)) = self.plan() else { return Ok((v1::RebalanceResponse::default(), Vec::new())) };
-        let moves = placed.moves.iter().map(|m| v1::ExpertMove {
-            layer: m.layer.0.into(),
-            expert: m.expert.0.into(),
-            slot: m.to.0.into(),
-            why: m.why.to_string(),
-        });
-        let mut told = v1::RebalanceResponse {
-            moves: moves.collect(),
-            bytes: placed.moves.len() as u64 * self.expert_bytes(),
-            dropped: placed.dropped as u32,
-            deferred: placed.deferred,
-            view: 0,
-        };
-        if !dry_run {
-            told.view = view.id.0;
-            self.begin(now);
-        }
-        Ok((told, std::mem::take(&mut self.actions)))
-    }
-
-    /// Takes over how fast expert nodes have been.
-    fn measure_speeds(&mut self, now: Instant) {
-        let speeds = self.loads.speeds(now);
-        let experts: Vec<(NodeId, Slot)> = self.members.live(Role::Expert).map(|n| (n.id, n.slot)).collect();
-        for (id, slot) in experts {
-            let speed = speeds.get(&slot).copied().unwrap_or(1.0);
-            let Some(node) = self.members.get_mut(id) else { continue };
-            if (speed < 1.0) != (node.speed < 1.0) {
-                let label = node.label();
-                tracing::info!(
-                    node = label,
-                    speed,
-                    "an expert node is {}",
-                    if speed < 1.0 { "slow" } else { "fast again" }
-                );
-            }
-            node.speed = speed;
-        }
-    }
-
-    /// Takes over what each expert has had to do. Not at every look: loads waver, and experts are not to be moved about for that.
-    fn measure_rates(&mut self, now: Instant) {
-        self.rates_at = now + self.policy.rates_every;
-        let Some(first) = self.members.sameness() else { return };
-        let registration = &first.registration;
-        self.rates = self.loads.rates(registration.moe_layers.len() * registration.sameness.model.experts as usize);
-    }
-
-    /// Looks whether load or speed ask for another placement.
-    fn balance(&mut self, now: Instant) {
-        self.balance_at = now + self.policy.balance_every;
-        self.measure_speeds(now);
-        if self.rates_at <= now {
-            self.measure_rates(now);
-        }
-        if self.view.is_some() && self.change.is_none() && self.review.is_none() {
-            self.begin(now);
-        }
     }
 
     fn committed(&mut self, node: NodeId, view: ViewId, now: Instant) {

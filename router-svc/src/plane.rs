@@ -323,6 +323,7 @@ fn wire(order: &Order) -> v1::RouterMessage {
         Order::Prepare(view) => Message::Prepare(v1::ViewMessage::from(view.as_ref())),
         Order::Commit(view) => Message::Commit(v1::ViewId { view: view.0 }),
         Order::Abandon(view) => Message::Abandon(v1::ViewId { view: view.0 }),
+        Order::Ping => Message::Ping(v1::Ping {}),
     };
     v1::RouterMessage { message: Some(message) }
 }

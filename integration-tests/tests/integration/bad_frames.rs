@@ -42,6 +42,7 @@ impl Rogue {
             transport: "tcp".to_owned(),
             compute: status.nodes[0].compute.clone(),
             slot: None,
+            slot_optional: false,
             capacity_bytes: 0,
         };
         let answer = soon("a registration", control.register(request)).await.expect("it is taken").into_inner();

@@ -248,6 +248,21 @@ pub struct StatusResponse {
     pub requests_active: u64,
     #[prost(uint64, tag = "7")]
     pub requests_total: u64,
+    #[prost(message, optional, tag = "8")]
+    pub moved: ::core::option::Option<Moved>,
+}
+/// What changes of the view had expert nodes load since the router's start.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct Moved {
+    #[prost(uint64, tag = "1")]
+    pub changes: u64,
+    #[prost(uint64, tag = "2")]
+    pub bytes: u64,
+    /// Most of one change, beside experts that nobody held, and what the router allows.
+    #[prost(uint64, tag = "3")]
+    pub change_bytes_max: u64,
+    #[prost(uint64, tag = "4")]
+    pub change_bytes_bound: u64,
 }
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct ModelInfo {
@@ -1359,6 +1374,9 @@ pub struct RegisterRequest {
     /// Bytes that the node may fill with experts; 0: no limit named.
     #[prost(uint64, tag = "12")]
     pub capacity_bytes: u64,
+    /// The slot is a wish: where it is taken the lowest free one will do.
+    #[prost(bool, tag = "13")]
+    pub slot_optional: bool,
 }
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct RegisterResponse {
@@ -1455,7 +1473,7 @@ pub struct Draining {
 }
 #[derive(Clone, PartialEq, ::prost::Message)]
 pub struct RouterMessage {
-    #[prost(oneof = "router_message::Message", tags = "1, 2, 3, 4")]
+    #[prost(oneof = "router_message::Message", tags = "1, 2, 3, 4, 5")]
     pub message: ::core::option::Option<router_message::Message>,
 }
 /// Nested message and enum types in `RouterMessage`.
@@ -1474,8 +1492,13 @@ pub mod router_message {
         /// The lease is lost or the router goes; why.
         #[prost(message, tag = "4")]
         Dismissed(super::Dismissed),
+        /// Others wait for the node in vain: a heartbeat at once, or it is taken for lost.
+        #[prost(message, tag = "5")]
+        Ping(super::Ping),
     }
 }
+#[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct Ping {}
 #[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct ViewId {
     #[prost(uint64, tag = "1")]

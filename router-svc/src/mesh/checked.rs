@@ -366,6 +366,7 @@ impl Model for Setup {
                     Order::Prepare(view) => hash_view(view, hasher),
                     Order::Commit(view) => (1, view).hash(hasher),
                     Order::Abandon(view) => (2, view).hash(hasher),
+                    Order::Ping => 3.hash(hasher),
                 }
             }
             p.orders.len().hash(hasher);

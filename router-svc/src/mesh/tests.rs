@@ -25,7 +25,7 @@ fn policy() -> Policy {
         commit_max: Duration::from_secs(10),
         debounce: Duration::from_millis(50),
         absence_max: Duration::ZERO,
-        suspicion_max: Duration::from_millis(600),
+        suspicion_max: Duration::from_millis(100),
         balance_every: Duration::from_secs(3600),
         rates_every: Duration::from_secs(3600),
         hot_replicas: 0,
@@ -69,7 +69,7 @@ impl World {
             let answer = match &order {
                 Order::Prepare(view) => Some(Event::Prepared(node, view.id)),
                 Order::Commit(view) => Some(Event::Committed(node, *view)),
-                Order::Abandon(_) => None,
+                Order::Abandon(_) | Order::Ping => None,
             };
             seen.push((node, order));
             if let Some(answer) = answer {
@@ -303,7 +303,7 @@ fn a_lapsed_lease_is_a_death_and_a_registration_without_session_lapses_too() {
     w.on(Event::Heartbeat(e[1], Box::default()));
     let actions = w.after(Duration::from_secs(100));
     assert_eq!(gone(&actions).len(), 1);
-    assert!(gone(&actions)[0].1.contains("lease"));
+    assert!(gone(&actions)[0].1.contains("no heartbeat"));
     assert_eq!(World::prepared_by(&actions), [a, e[1]]);
 }
 
@@ -422,13 +422,13 @@ fn requests_of_a_drained_attention_node_are_handed_over_and_who_is_the_last_goes
 fn a_node_that_others_wait_for_is_lost_when_its_heartbeats_are_missing_too() {
     let (mut w, a, [first, second]) = World::served();
     let seen = |slot| Event::Evidence(a, ViewId(1), Slot(slot), "no answer".into());
-    w.now += Duration::from_millis(200);
+    w.now += Duration::from_millis(500);
+    let pings = [seen(0), seen(1)].map(|seen| w.on(seen));
+    assert_eq!(pings, [first, second].map(|n| vec![Action::Send(n, Order::Ping)]));
+    assert_eq!(w.on(seen(1)), [], "it is asked already");
     w.on(Event::Heartbeat(first, Box::default()));
-    w.now += Duration::from_millis(300);
-    w.on(seen(0));
-    w.on(seen(1));
-    w.on(Event::Heartbeat(first, Box::default()));
-    let actions = w.after(Duration::from_millis(150));
+    assert_eq!(gone(&w.after(Duration::from_millis(50))), []);
+    let actions = w.after(Duration::from_millis(50));
     assert_eq!(gone(&actions).iter().map(|(node, _)| *node).collect::<Vec<_>>(), [second]);
     w.on(Event::Evidence(a, ViewId(9), Slot(0), "of no view in force".into()));
     assert_eq!(gone(&w.after(Duration::from_secs(5))), []);

@@ -127,6 +127,7 @@ pub fn registration(role: v1::NodeRole) -> v1::RegisterRequest {
         transport: "tcp".into(),
         compute: "cpu".into(),
         slot: None,
+        slot_optional: false,
         capacity_bytes: 0,
     }
 }
@@ -170,7 +171,7 @@ impl Node {
                 match order {
                     Order::Prepare(view) => self.say(Say::Prepared(v1::ViewPrepared { view: view.view })).await,
                     Order::Commit(id) => self.say(Say::Committed(v1::ViewCommitted { view: id.view })).await,
-                    Order::Abandon(_) => {}
+                    Order::Abandon(_) | Order::Ping(_) => {}
                     Order::Dismissed(_) => return,
                 }
             }

@@ -6,7 +6,7 @@ use std::time::Duration;
 use mesh_core::view::View;
 use mesh_core::{Role, Slot, ViewId};
 use mesh_proto::v1;
-use mesh_service::membership::{NodeSpec, ViewTarget, register};
+use mesh_service::membership::{NodeSpec, SlotWish, ViewTarget, register};
 use mesh_service::{BoxFuture, ServiceError};
 use router_svc::RouterConfig;
 use tokio::sync::mpsc;
@@ -62,7 +62,7 @@ async fn join(router: &Router, role: Role) -> Result<Member, ServiceError> {
         transport: like.transport,
         compute: like.compute,
         protocol: like.protocol,
-        slot: Some(Slot(0)),
+        slot: SlotWish::Must(Slot(0)),
         capacity_bytes: 0,
     };
     let registered = register(&spec, Duration::from_secs(30)).await?;

@@ -40,10 +40,29 @@ pub struct NodeSpec {
     pub compute: String,
     /// Version of the frame protocol.
     pub protocol: u32,
-    /// The slot it must have; `None`: the lowest free one.
-    pub slot: Option<Slot>,
+    /// Its slot.
+    pub slot: SlotWish,
     /// Bytes that it may fill with experts; 0: no limit named.
     pub capacity_bytes: u64,
+}
+
+/// Which slot a node asks for.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum SlotWish {
+    /// The lowest free one.
+    #[default]
+    Any,
+    /// This one or none: what somebody configured.
+    Must(Slot),
+    /// This one, or the lowest free one: what the node had before it lost the router, which may not have noticed yet that it
+    /// was gone.
+    Rather(Slot),
+}
+
+impl From<Option<Slot>> for SlotWish {
+    fn from(configured: Option<Slot>) -> Self {
+        configured.map_or(SlotWish::Any, SlotWish::Must)
+    }
 }
 
 /// What a node saw of an expert node; the router decides what follows from it.

@@ -7,7 +7,7 @@ use mesh_proto::v1::control_client::ControlClient;
 use mesh_proto::{Code, MeshError, convert, v1};
 use tonic::transport::{Channel, Endpoint};
 
-use super::NodeSpec;
+use super::{NodeSpec, SlotWish};
 use crate::ServiceError;
 
 /// How long one attempt to connect may take.
@@ -104,6 +104,11 @@ pub(super) fn broke_off(status: &tonic::Status) -> bool {
 }
 
 fn request(spec: &NodeSpec) -> v1::RegisterRequest {
+    let (slot, slot_optional) = match spec.slot {
+        SlotWish::Any => (None, false),
+        SlotWish::Must(slot) => (Some(slot.0.into()), false),
+        SlotWish::Rather(slot) => (Some(slot.0.into()), true),
+    };
     v1::RegisterRequest {
         role: v1::NodeRole::from(spec.role).into(),
         name: spec.name.clone(),
@@ -115,8 +120,9 @@ fn request(spec: &NodeSpec) -> v1::RegisterRequest {
         addr: spec.addr.clone(),
         transport: spec.transport.clone(),
         compute: spec.compute.clone(),
-        slot: spec.slot.map(|s| s.0.into()),
+        slot,
         capacity_bytes: spec.capacity_bytes,
+        slot_optional,
     }
 }
 

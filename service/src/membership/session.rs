@@ -150,6 +150,7 @@ impl Session {
             Some(Down::Dismissed(v1::Dismissed { why, drained })) => {
                 Err(ServiceError::Dismissed { uri: self.uri.clone(), why, drained })
             }
+            Some(Down::Ping(v1::Ping {})) => self.say(Up::Heartbeat(self.target.load())),
             None => Err(ServiceError::Protocol { uri: self.uri.clone(), what: "an empty or unknown message".into() }),
         }
     }

@@ -88,7 +88,7 @@ fn spec(router: String) -> NodeSpec {
         transport: "tcp".into(),
         compute: "cpu".into(),
         protocol: 1,
-        slot: None,
+        slot: SlotWish::Any,
         capacity_bytes: 0,
     }
 }

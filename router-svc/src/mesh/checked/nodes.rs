@@ -87,7 +87,7 @@ impl Process {
                 None => self.said.push_back(Said::Failed(id)),
             },
             Some(Order::Abandon(id)) => self.prepared = self.prepared.take().filter(|v| v.id != id),
-            None => {}
+            Some(Order::Ping) | None => {}
         }
     }
 
