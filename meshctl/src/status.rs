@@ -3,7 +3,7 @@
 use std::fmt::Write;
 use std::time::Duration;
 
-use mesh_proto::v1::{LayerPlacement, ModelInfo, NodeLoad, NodeStatus, PartLoad, StatusResponse};
+use mesh_proto::v1::{LayerPlacement, ModelInfo, Moved, NodeLoad, NodeStatus, PartLoad, StatusResponse};
 use serde_json::{Value, json};
 
 use crate::cli::StatusArgs;
@@ -52,9 +52,18 @@ pub fn to_json(status: &StatusResponse) -> Value {
         "view": status.view,
         "requests_active": status.requests_active,
         "requests_total": status.requests_total,
+        "moved": status.moved.map(moved_json),
         "model": status.model.as_ref().map(model_json),
         "nodes": status.nodes.iter().map(node_json).collect::<Vec<_>>(),
         "placement": layers.collect::<Vec<_>>(),
+    })
+}
+
+/// What changes of the view had nodes load, with the contract's field names.
+pub fn moved_json(m: Moved) -> Value {
+    json!({
+        "changes": m.changes, "bytes": m.bytes, "change_bytes_max": m.change_bytes_max,
+        "change_bytes_bound": m.change_bytes_bound,
     })
 }
 
@@ -118,6 +127,19 @@ pub fn to_text(status: &StatusResponse) -> String {
                 m.context,
                 m.vocab,
                 m.digest.get(..12).unwrap_or(&m.digest),
+            ),
+        );
+    }
+    if let Some(m) = &status.moved {
+        let mb = |bytes: u64| bytes as f64 / 1e6;
+        line(
+            &mut text,
+            format_args!(
+                "{} changes of the view moved {:.1} MB of experts, one change {:.1} MB at most (bound {:.1})",
+                m.changes,
+                mb(m.bytes),
+                mb(m.change_bytes_max),
+                mb(m.change_bytes_bound)
             ),
         );
     }

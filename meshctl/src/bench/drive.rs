@@ -77,7 +77,7 @@ impl Drop for Lent {
     }
 }
 
-/// How many requests a closed loop issues; may be lowered while it runs, which then ends it.
+/// How many requests are issued; may be lowered while that goes on, which then ends it.
 #[derive(Clone, Debug)]
 pub struct Limit(Arc<AtomicU64>);
 
@@ -106,7 +106,7 @@ pub struct Point {
     pub load: Load,
     /// Where it ends.
     pub bounds: Bounds,
-    /// Where a closed loop ends earlier.
+    /// Where it ends earlier.
     pub limit: Limit,
     /// Whether what was unavailable is asked for again, until its timeout.
     pub retry: bool,
@@ -182,6 +182,9 @@ impl Point {
         let mut pacer = pacer.map_err(|source| CliError::Os { what: "starting the thread of arrivals", source })?;
         let permits = Arc::new(Semaphore::new(in_flight as usize));
         while let Some(arrival) = pacer.next().await {
+            if arrival.index >= self.limit.get() {
+                break;
+            }
             issued.store(arrival.index + 1, Ordering::Relaxed);
             let (point, permits) = (self.clone(), permits.clone());
             tasks.spawn(async move { point.request_within(arrival.index, arrival.intended, &permits).await });

@@ -9,6 +9,7 @@ use super::drain;
 use super::error::DrillError;
 use super::span::Span;
 use super::step::{Step, Who};
+use super::watch::{Watch, Watched};
 use crate::bench::random::Random;
 use crate::exit::CliError;
 use crate::launch::{Group, Mesh, Node};
@@ -46,6 +47,7 @@ pub struct Conductor<'a, S: Fn(&str)> {
     halted: BTreeSet<String>,
     /// Processes whose end was asked for, or has been told.
     told: BTreeSet<u32>,
+    watch: Watch,
     say: S,
 }
 
@@ -53,7 +55,8 @@ impl<'a, S: Fn(&str)> Conductor<'a, S> {
     /// One for a mesh under a load that began at `start`; `say` gets a line for each event.
     pub fn new(mesh: &'a mut Mesh, start: Instant, seed: u64, say: S) -> Self {
         let random = Random::new(seed, &[CHOICES]);
-        Self { mesh, start, random, events: Vec::new(), halted: BTreeSet::new(), told: BTreeSet::new(), say }
+        let (halted, told) = (BTreeSet::new(), BTreeSet::new());
+        Self { mesh, start, random, events: Vec::new(), halted, told, watch: Watch::default(), say }
     }
 
     /// Carries out all phases, or as many as the mesh lets it.
@@ -62,21 +65,22 @@ impl<'a, S: Fn(&str)> Conductor<'a, S> {
     /// [`CliError`] of the phase that could not be carried out.
     pub async fn run(&mut self, steps: &[&Step]) -> Result<(), CliError> {
         for step in steps {
-            self.note_deaths();
+            self.look();
             self.step(step).await?;
         }
         Ok(())
     }
 
-    /// What happened, in order of time. No halted node is left behind: halted, it could not be stopped.
-    pub async fn end(mut self) -> Vec<Event> {
-        self.note_deaths();
+    /// What happened, in order of time, and what each process used meanwhile. No halted node is left behind: halted, it
+    /// could not be stopped.
+    pub async fn end(mut self) -> (Vec<Event>, Vec<Watched>) {
+        self.look();
         for name in std::mem::take(&mut self.halted) {
             // It was started, so it is there.
             let _ = self.mesh.kill_node(&name).await;
         }
         self.events.sort_by_key(|event| event.at);
-        self.events
+        (self.events, self.watch.end())
     }
 
     async fn step(&mut self, step: &Step) -> Result<(), CliError> {
@@ -126,6 +130,12 @@ impl<'a, S: Fn(&str)> Conductor<'a, S> {
                 self.restart(router).await?;
             }
             Step::Wait(span) => self.pause(*span).await,
+            Step::OneOf(steps) => {
+                let drawn = self.random.below(steps.len() as u64) as usize;
+                if let Some(step) = steps.get(drawn) {
+                    Box::pin(self.step(step)).await?;
+                }
+            }
             // Plans are written out before they are carried out.
             Step::Repeat { steps, .. } => {
                 for step in steps {
@@ -196,7 +206,7 @@ impl<'a, S: Fn(&str)> Conductor<'a, S> {
     async fn pause(&mut self, span: Span) {
         let end = Instant::now() + span.draw(&mut self.random);
         loop {
-            self.note_deaths();
+            self.look();
             let left = end.saturating_duration_since(Instant::now());
             if left.is_zero() {
                 return;
@@ -240,6 +250,13 @@ impl<'a, S: Fn(&str)> Conductor<'a, S> {
         let Event { at, what, who, pid, note } = &event;
         (self.say)(&format!("{:8.2} s  {what} {who} (pid {pid}){note}", at.as_secs_f64()));
         self.events.push(event);
+    }
+
+    /// Looks at all processes: what they use, and whether they are still there.
+    fn look(&mut self) {
+        let running = self.mesh.nodes().iter().map(Node::process).filter(|process| process.ended().is_none());
+        self.watch.look(self.start.elapsed(), running.map(|process| (process.name(), process.pid())));
+        self.note_deaths();
     }
 
     /// Writes down whose end nobody asked for.

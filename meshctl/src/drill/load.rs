@@ -4,7 +4,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use indicatif::ProgressBar;
-use mesh_proto::v1::ModelInfo;
+use mesh_proto::v1::{ModelInfo, Moved};
 
 use super::error::DrillError;
 use super::plan::{Amount, DURATION_MAX, LoadPlan};
@@ -69,6 +69,11 @@ pub async fn model(grpc: &str) -> Result<ModelInfo, CliError> {
     status.model.filter(|model| model.vocab > 0).ok_or_else(|| BenchError::NoModel.into())
 }
 
+/// What changes of the view had nodes load; `None` when the router cannot be asked any more.
+pub async fn moved(grpc: &str) -> Option<Moved> {
+    Client::connect(grpc).await.ok()?.status().await.ok()?.moved
+}
+
 /// A load that is ready to be sent.
 #[derive(Debug)]
 pub struct Sender {
@@ -81,6 +86,7 @@ impl Sender {
         load: &LoadPlan,
         model: &ModelInfo,
         grpc: &str,
+        how: Load,
         (period, limit, duration): (u64, u64, Duration),
         bar: ProgressBar,
     ) -> Result<Self, CliError> {
@@ -94,7 +100,7 @@ impl Sender {
         let bounds = Bounds { requests: load.sent_max(), duration, timeout, in_flight: streams };
         let point = Point {
             number: POINT,
-            load: Load::Closed(streams),
+            load: how,
             bounds,
             limit: Limit::new(limit),
             retry,
@@ -106,18 +112,22 @@ impl Sender {
         Ok(Self { point })
     }
 
-    /// One that sends the requests of an undisturbed run again, until it is told how many are enough.
+    /// One that sends the requests of an undisturbed run again, until it is told how many are enough: each stream one after
+    /// the other, or as a Poisson process at the plan's share of the rate at which they were answered.
     ///
     /// # Errors
     /// [`CliError`], when the mesh cannot be reached.
     pub async fn again(
         load: &LoadPlan,
-        requests: u64,
+        undisturbed: &Run,
         model: &ModelInfo,
         grpc: &str,
         bar: ProgressBar,
     ) -> Result<Self, CliError> {
-        Self::new(load, model, grpc, (requests, load.sent_max(), DURATION_MAX), bar).await
+        let requests = undisturbed.answers.len() as u64;
+        let rate = requests as f64 / undisturbed.elapsed.as_secs_f64().max(f64::EPSILON);
+        let how = load.rate_share.map_or(Load::Closed(load.streams), |share| Load::Open(share * rate));
+        Self::new(load, model, grpc, how, (requests, load.sent_max(), DURATION_MAX), bar).await
     }
 
     /// What times count from.
@@ -150,7 +160,8 @@ pub async fn undisturbed(load: &LoadPlan, model: &ModelInfo, grpc: &str) -> Resu
         Amount::Within(duration) => (load.sent_max(), duration),
     };
     let bar = bar("undisturbed", limit);
-    let sender = Sender::new(load, model, grpc, (u64::MAX, limit, duration), bar.clone()).await?;
+    let how = Load::Closed(load.streams);
+    let sender = Sender::new(load, model, grpc, how, (u64::MAX, limit, duration), bar.clone()).await?;
     let run = sender.run().await;
     bar.finish_and_clear();
     let run = run?;

@@ -5,7 +5,7 @@
 //! - [`plan`], [`step`], [`span`]: the plan, its phases, its numbers and their bounds
 //! - [`load`]: sends the plan's requests, once undisturbed and then under the phases
 //! - [`conduct`], [`drain`]: carries out the phases and writes down what happened
-//! - [`compare`], [`measure`]: tokens bit for bit; stalls and throughput
+//! - [`compare`], [`measure`], [`watch`]: tokens bit for bit; stalls and throughput; memory and handles
 //! - [`report`], [`verdict`]: what was found, and what of it was expected otherwise
 //! - [`error`]: why a drill cannot be run
 
@@ -21,6 +21,7 @@ pub mod report;
 pub mod span;
 pub mod step;
 pub mod verdict;
+pub mod watch;
 
 use indicatif::{ProgressBar, ProgressStyle};
 use mesh_proto::v1::ModelInfo;
@@ -96,7 +97,7 @@ async fn disturbed(
 ) -> Result<Found, CliError> {
     let bar = spinner(&format!("disturbed; waits of {:.0} s at most", step::waits_max(&plan.steps).as_secs_f64()));
     let requests = undisturbed.answers.len() as u64;
-    let sender = Sender::again(&plan.load, requests, model, mesh.grpc(), bar.clone()).await?;
+    let sender = Sender::again(&plan.load, &undisturbed, model, mesh.grpc(), bar.clone()).await?;
     let (start, limit) = (sender.start(), sender.limit());
     let load = async { (sender.run().await, start.elapsed()) };
     let phases = async {
@@ -108,12 +109,15 @@ async fn disturbed(
         (conductor, ended, phases_end)
     };
     let ((disturbed, load_end), (conductor, ended, phases_end)) = tokio::join!(load, phases);
-    let events = conductor.end().await;
+    let (events, watched) = conductor.end().await;
     bar.finish_and_clear();
+    let moved = load::moved(mesh.grpc()).await;
     Ok(Found {
+        moved,
         undisturbed,
         disturbed: disturbed?,
         events,
+        watched,
         phases_end,
         phases_ended_by: ended.err().map(|error| error.to_string()),
         load_ended_early: load_end < phases_end,

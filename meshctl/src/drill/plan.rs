@@ -26,6 +26,8 @@ pub const DURATION_MAX: Duration = Duration::from_secs(4 * 3600);
 pub const NODES_MAX: u16 = 256;
 /// Most compute threads of a node.
 const THREADS_MAX: u16 = 1024;
+/// Highest rate of the disturbed run, as a share of what the mesh can do.
+const RATE_SHARE_MAX: f64 = 10.0;
 /// Longest fault specification that is handed on.
 const FAULTS_BYTES_MAX: usize = 4096;
 
@@ -83,6 +85,9 @@ pub struct LoadPlan {
     pub streams: u32,
     /// How many requests there are.
     pub amount: Amount,
+    /// Requests of the disturbed run, as a share of the rate at which the undisturbed one was answered; absent: each stream
+    /// sends one after the other.
+    pub rate_share: Option<f64>,
     /// Lengths of the prompts.
     pub input: Length,
     /// Lengths of the answers.
@@ -113,6 +118,12 @@ pub struct Expect {
     pub throughput_during_min: Option<f64>,
     /// The disturbed run is over in this time, s.
     pub within_s: Option<f64>,
+    /// How much the memory of any process may grow once it has settled, as a share.
+    pub memory_growth_max: Option<f64>,
+    /// How many more open files any process may have than when it had settled.
+    pub handles_growth_max: Option<f64>,
+    /// How long a process takes to settle, s.
+    pub settle_s: f64,
 }
 
 impl Default for Expect {
@@ -124,6 +135,9 @@ impl Default for Expect {
             stall_max_ms: None,
             throughput_during_min: None,
             within_s: None,
+            memory_growth_max: None,
+            handles_growth_max: None,
+            settle_s: 300.0,
         }
     }
 }
@@ -178,6 +192,7 @@ struct RawLoad {
     streams: u32,
     requests: Option<u64>,
     duration: Option<f64>,
+    rate_share: Option<f64>,
     prompt_tokens: Span,
     output_tokens: Span,
     #[serde(default)]
@@ -324,9 +339,16 @@ impl LoadPlan {
         if !(raw.temperature.is_finite() && raw.temperature > 0.0) {
             return Err(wrong("load.temperature", format!("{} is not above 0", raw.temperature)));
         }
+        if let Some(share) = raw.rate_share.filter(|share| !(*share > 0.0 && *share <= RATE_SHARE_MAX)) {
+            return Err(wrong(
+                "load.rate_share",
+                format!("{share}; more than 0 and at most {RATE_SHARE_MAX} are possible"),
+            ));
+        }
         let load = Self {
             streams: raw.streams,
             amount,
+            rate_share: raw.rate_share,
             input: length("load.prompt_tokens", raw.prompt_tokens)?,
             output,
             seed: raw.seed,
@@ -357,8 +379,11 @@ impl Expect {
             ("stall_max_ms", self.stall_max_ms),
             ("throughput_during_min", self.throughput_during_min),
             ("within_s", self.within_s),
+            ("memory_growth_max", self.memory_growth_max),
+            ("handles_growth_max", self.handles_growth_max),
+            ("settle_s", Some(self.settle_s)),
         ];
-        let bad = |x: f64| !(x.is_finite() && x >= 0.0);
+        let bad = |x: f64| Duration::try_from_secs_f64(x).is_err();
         match numbers.into_iter().find_map(|(key, number)| number.filter(|x| bad(*x)).map(|x| (key, x))) {
             Some((key, x)) => Err(wrong(format!("expect.{key}"), format!("{x} is not a number of 0 or more"))),
             None => Ok(()),
@@ -403,11 +428,11 @@ pub(super) mod tests {
     #[test]
     fn every_key_is_read() {
         let text = "about = 'x'\n[load]\nstreams = 1\nduration = 2.5\nprompt_tokens = 4\noutput_tokens = 8\nseed = 7\n\
-            sampled = 1\ntemperature = 1.5\ntimeout = 9\nretry = true\n\
+            rate_share = 0.5\nsampled = 1\ntemperature = 1.5\ntimeout = 9\nretry = true\n\
             [mesh]\nmodel = 'm'\ntransport = 'ucx'\nattention = 3\nexperts = 4\nreplicas = 2\ndtype = 'f32'\nthreads = 1\n\
             cache_dir = '/c'\nfaults = 'delay'\n\
             [expect]\nfailed_requests = 2\ntokens_identical = false\nstall_p99_ms = 1\nstall_max_ms = 2.5\n\
-            throughput_during_min = 0.5\nwithin_s = 60\n";
+            throughput_during_min = 0.5\nwithin_s = 60\nmemory_growth_max = 0.02\nhandles_growth_max = 0\nsettle_s = 9\n";
         let Plan { about, mesh, load, expect, .. } = parse(text).unwrap();
         assert_eq!((about.as_str(), mesh.transport, mesh.dtype), ("x", Transport::Ucx, Some(Dtype::F32)));
         assert_eq!((mesh.attention, mesh.experts, mesh.replicas, mesh.threads), (3, 4, 2, Some(1)));
@@ -417,6 +442,11 @@ pub(super) mod tests {
         assert_eq!((load.timeout, load.retry, load.sampled.share), (Duration::from_secs(9), true, 1.0));
         assert_eq!((expect.failed_requests, expect.tokens_identical), (2, false));
         assert_eq!((expect.stall_max_ms, expect.within_s), (Some(2.5), Some(60.0)));
+        assert_eq!(
+            (expect.memory_growth_max, expect.handles_growth_max, expect.settle_s),
+            (Some(0.02), Some(0.0), 9.0)
+        );
+        assert_eq!(load.rate_share, Some(0.5));
     }
 
     #[test]
@@ -432,7 +462,8 @@ pub(super) mod tests {
         refused("[mesh]\ndtype = 'f64'", &["mesh.dtype", "bf16"]);
         refused("[expect]\nstall_max_ms = -1", &["expect.stall_max_ms"]);
         refused("[expect]\nfailed = 1", &["unknown field `failed`"]);
-        let loads: [(&str, &[&str]); 6] = [
+        let loads: [(&str, &[&str]); 7] = [
+            ("streams = 1\nrequests = 1\nrate_share = 0", &["load.rate_share", "at most 10"]),
             ("streams = 0\nrequests = 1", &["load.streams", "1 to 4096"]),
             ("streams = 1", &["load", "`requests`", "`duration`"]),
             ("streams = 1\nrequests = 1\nduration = 1", &["load", "one of"]),

@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::fmt::Write;
 use std::time::Duration;
 
-use mesh_proto::v1::ModelInfo;
+use mesh_proto::v1::{ModelInfo, Moved};
 use serde::Serialize;
 use serde_json::{Value, json};
 
@@ -14,6 +14,7 @@ use super::load::{Answer, Run};
 use super::measure::{self, Throughput};
 use super::plan::Plan;
 use super::verdict::{self, Violation};
+use super::watch::{self, Usage, Watched};
 use crate::bench::stats::percentile;
 use crate::cli::spelled;
 
@@ -88,6 +89,11 @@ pub struct Report {
     pub throughput: Throughput,
     /// What happened.
     pub events: Vec<EventLine>,
+    /// What changes of the view had nodes load since the router's start, the first view included.
+    #[serde(serialize_with = "as_status")]
+    pub moved: Option<Moved>,
+    /// What processes used that ran for long enough to settle.
+    pub processes: Vec<Usage>,
     /// Why not all phases were carried out.
     pub phases_ended_by: Option<String>,
     /// Whether the load was over before the phases were.
@@ -105,6 +111,10 @@ pub struct Found {
     pub disturbed: Run,
     /// What happened in it.
     pub events: Vec<Event>,
+    /// What was moved, if the router could be asked.
+    pub moved: Option<Moved>,
+    /// What each process used meanwhile.
+    pub watched: Vec<Watched>,
     /// When the phases were over.
     pub phases_end: Duration,
     /// Why they ended early.
@@ -116,7 +126,8 @@ pub struct Found {
 impl Report {
     /// Computes everything from what the runs left.
     pub fn new(plan: &Plan, found: Found) -> Self {
-        let Found { undisturbed, disturbed, events, phases_end, phases_ended_by, load_ended_early } = found;
+        let Found { undisturbed, disturbed, events, moved, watched, phases_end, phases_ended_by, load_ended_early } =
+            found;
         let times: Vec<Duration> = events.iter().map(|event| event.at).collect();
         let faults = plan.mesh.faults.is_some();
         // What comes after the last request was sent is streams that run out.
@@ -135,6 +146,8 @@ impl Report {
             stalls: stalls(&events),
             throughput: Throughput::of(&undisturbed, &disturbed.answers, &times, end, faults),
             events,
+            moved,
+            processes: watch::usages(&watched, Duration::from_secs_f64(plan.expect.settle_s)),
             phases_ended_by,
             load_ended_early,
             violations: Vec::new(),
@@ -161,6 +174,7 @@ impl Report {
                 "streams": load.streams, "prompt_tokens": load.input.to_string(),
                 "output_tokens": load.output.to_string(), "seed": load.seed, "sampled": load.sampled.share,
                 "temperature": load.sampled.temperature, "timeout_s": load.timeout.as_secs_f64(), "retry": load.retry,
+                "rate_share": load.rate_share,
             },
             "passed": self.violations.is_empty(),
             "found": self,
@@ -213,6 +227,15 @@ impl Report {
             None => writeln!(text, "  stall ms     no stream waited for a token at an event")?,
         }
         self.write_events(text)?;
+        if let Some(m) = &self.moved {
+            let [all, most, bound] = [m.bytes, m.change_bytes_max, m.change_bytes_bound].map(|b| b as f64 / 1e6);
+            writeln!(
+                text,
+                "  moved        {all:.1} MB in {} views, one {most:.1} MB at most (bound {bound:.1})",
+                m.changes
+            )?;
+        }
+        self.write_processes(text, plan.expect.settle_s)?;
         if self.violations.is_empty() {
             return writeln!(text, "passed");
         }
@@ -254,6 +277,38 @@ impl Report {
         }
         Ok(())
     }
+
+    fn write_processes(&self, text: &mut String, settle_s: f64) -> std::fmt::Result {
+        if self.processes.is_empty() {
+            return Ok(());
+        }
+        let settled = format!("MB at {settle_s:.0} s");
+        writeln!(
+            text,
+            "  {:<14} {:>8} {:>9} {settled:>12} {:>9} {:>8}  handles",
+            "process", "pid", "ran s", "in the end", "growth"
+        )?;
+        for p in &self.processes {
+            let mb = |bytes: u64| bytes as f64 / 1e6;
+            writeln!(
+                text,
+                "  {:<14} {:>8} {:>9.0} {:>12.1} {:>10.1} {:>6.1} %  {} to {}",
+                p.who,
+                p.pid,
+                p.watched_s,
+                mb(p.resident_settled),
+                mb(p.resident_end),
+                100.0 * p.growth(),
+                p.handles_settled,
+                p.handles_end
+            )?;
+        }
+        Ok(())
+    }
+}
+
+fn as_status<S: serde::Serializer>(moved: &Option<Moved>, to: S) -> Result<S::Ok, S::Error> {
+    moved.map(crate::status::moved_json).serialize(to)
 }
 
 fn number(value: Option<f64>, digits: usize) -> String {
@@ -314,7 +369,16 @@ pub(super) mod tests {
 
     fn found((undisturbed, disturbed): (Run, Run), events: Vec<Event>) -> Found {
         let phases_end = Duration::from_secs(10);
-        Found { undisturbed, disturbed, events, phases_end, phases_ended_by: None, load_ended_early: false }
+        Found {
+            undisturbed,
+            disturbed,
+            events,
+            moved: None,
+            watched: Vec::new(),
+            phases_end,
+            phases_ended_by: None,
+            load_ended_early: false,
+        }
     }
 
     #[test]

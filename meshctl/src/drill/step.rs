@@ -87,6 +87,8 @@ pub enum Step {
         /// What.
         steps: Vec<Step>,
     },
+    /// Does one of several things, drawn from the seed.
+    OneOf(Vec<Step>),
 }
 
 /// A phase as it is written: which keys it has depends on `do`.
@@ -135,8 +137,9 @@ fn step(raw: RawStep, at: &str, depth: usize) -> Result<Step, Wrong> {
         "router_restart" => &["restart_after"],
         "wait" => &["seconds"],
         "repeat" => &["count", "phase"],
+        "one_of" => &["phase"],
         other => {
-            let known = "start, kill, stop, term, restart, drain, router_restart, wait and repeat";
+            let known = "start, kill, stop, term, restart, drain, router_restart, wait, repeat and one_of";
             return Err(wrong(format!("{at}.do"), format!("`{other}` is none of {known}")));
         }
     };
@@ -174,10 +177,13 @@ fn step(raw: RawStep, at: &str, depth: usize) -> Result<Step, Wrong> {
         "drain" => Step::Drain { who: who(raw.who)? },
         "router_restart" => Step::RouterRestart { restart_after },
         "wait" => Step::Wait(raw.seconds.ok_or_else(|| missing("seconds"))?),
-        _ => {
-            let count = raw.count.ok_or_else(|| missing("count"))?;
+        what => {
             let steps = raw.phase.filter(|steps| !steps.is_empty()).ok_or_else(|| missing("phase"))?;
-            Step::Repeat { count, steps: list(steps, &format!("{at}.phase"), depth + 1)? }
+            let steps = list(steps, &format!("{at}.phase"), depth + 1)?;
+            match what {
+                "one_of" => Step::OneOf(steps),
+                _ => Step::Repeat { count: raw.count.ok_or_else(|| missing("count"))?, steps },
+            }
         }
     })
 }
@@ -203,6 +209,11 @@ fn size(steps: &[Step]) -> (u64, f64) {
             Step::Repeat { count, steps } => {
                 let (each, time) = size(steps);
                 (each.saturating_mul((*count).into()), time * f64::from(*count))
+            }
+            Step::OneOf(steps) => {
+                let each: Vec<(u64, f64)> = steps.iter().map(|step| size(std::slice::from_ref(step))).collect();
+                let time = each.iter().map(|(_, time)| *time).fold(0.0, f64::max);
+                (each.iter().map(|(count, _)| *count).max().unwrap_or(0), time)
             }
             Step::Kill { restart_after: span, .. } | Step::Term { restart_after: span, .. } => (1, most(*span)),
             Step::RouterRestart { restart_after: span } | Step::Halt { length: span, .. } => (1, most(*span)),
@@ -265,6 +276,9 @@ mod tests {
             [[phase]]\ndo = 'repeat'\ncount = 3
               [[phase.phase]]\n  do = 'kill'\n  who = 'expert:any'
               [[phase.phase]]\n  do = 'wait'\n  seconds = 1
+            [[phase]]\ndo = 'one_of'
+              [[phase.phase]]\n  do = 'kill'\n  who = 'expert:any'
+              [[phase.phase]]\n  do = 'wait'\n  seconds = [1, 4]
         ";
         let second = |s| Some(Span { lo: s, hi: s });
         let attention = |slot| Who { group: Group::Attention, slot };
@@ -283,16 +297,22 @@ mod tests {
                 count: 3,
                 steps: vec![Step::Kill { who: EXPERT_ANY, restart_after: None }, Step::Wait(Span { lo: 1.0, hi: 1.0 })],
             },
+            Step::OneOf(vec![
+                Step::Kill { who: EXPERT_ANY, restart_after: None },
+                Step::Wait(Span { lo: 1.0, hi: 4.0 }),
+            ]),
         ];
         let found = steps(text).unwrap();
         assert_eq!(found, wanted);
-        assert_eq!(written_out(&found).len(), 9 + 6);
-        assert_eq!(waits_max(&found), Duration::from_secs_f64(1.5 + 3.0 + 2.0 + 3.0));
+        assert_eq!(written_out(&found).len(), 9 + 6 + 1);
+        assert_eq!(waits_max(&found), Duration::from_secs_f64(1.5 + 3.0 + 2.0 + 3.0 + 4.0));
     }
 
     #[test]
     fn what_makes_no_sense_names_the_phase_and_the_key() {
-        let refused: [(&str, &[&str]); 12] = [
+        let refused: [(&str, &[&str]); 14] = [
+            ("do = 'one_of'", &["phase[1].phase"]),
+            ("do = 'one_of'\ncount = 1", &["phase[1].count"]),
             ("do = 'explode'", &["phase[1].do", "`explode`", "router_restart"]),
             ("who = 'expert:any'", &["missing field `do`"]),
             ("do = 'kill'", &["phase[1].who", "expert:any"]),

@@ -4,6 +4,7 @@ use serde::Serialize;
 
 use super::plan::Expect;
 use super::report::Report;
+use super::watch::Usage;
 
 /// An expectation that was not met.
 #[derive(Clone, Debug, PartialEq, Serialize)]
@@ -47,6 +48,11 @@ pub fn violations(expect: &Expect, report: &Report) -> Vec<Violation> {
             _ => (),
         }
     }
+    if let Some(moved) = report.moved.filter(|m| m.change_bytes_max > m.change_bytes_bound) {
+        let (found, bound) = (moved.change_bytes_max, moved.change_bytes_bound);
+        violated("moves", format!("a change had {found} bytes loaded, the router allows {bound}"));
+    }
+    flat(expect, &report.processes, &mut violated);
     match (expect.throughput_during_min, report.throughput.share_during()) {
         (Some(wanted), Some(found)) if found < wanted => {
             violated("throughput_during_min", format!("{found:.3} of that before, at least {wanted} wanted"));
@@ -57,6 +63,26 @@ pub fn violations(expect: &Expect, report: &Report) -> Vec<Violation> {
         _ => (),
     }
     violations
+}
+
+/// Whether processes use no more than when they had settled.
+fn flat(expect: &Expect, processes: &[Usage], violated: &mut impl FnMut(&'static str, String)) {
+    type Growth = fn(&Usage) -> f64;
+    let handles: Growth = |process| process.handles_end as f64 - process.handles_settled as f64;
+    let growths: [(_, _, Growth); 2] = [
+        ("memory_growth_max", expect.memory_growth_max, Usage::growth),
+        ("handles_growth_max", expect.handles_growth_max, handles),
+    ];
+    for (key, wanted, growth) in growths {
+        let Some(wanted) = wanted else { continue };
+        if processes.is_empty() {
+            violated(key, format!("not measured: no process ran for long after {} s", expect.settle_s));
+        }
+        for process in processes.iter().filter(|process| growth(process) > wanted) {
+            let (who, pid, found) = (&process.who, process.pid, growth(process));
+            violated(key, format!("{who} (pid {pid}) grew by {found:.3}, at most {wanted} wanted"));
+        }
+    }
 }
 
 #[cfg(test)]
@@ -70,6 +96,27 @@ mod tests {
         let mut report = report();
         change(&mut report);
         violations(&expect, &report).into_iter().map(|v| v.expectation).collect()
+    }
+
+    #[test]
+    fn whoever_grows_is_named() {
+        let expect = Expect { memory_growth_max: Some(0.02), handles_growth_max: Some(0.0), ..Expect::default() };
+        assert_eq!(violated(expect.clone(), |_| ()), ["memory_growth_max", "handles_growth_max"], "not measured");
+        let usage = |resident_end, handles_end| Usage {
+            who: "router".to_owned(),
+            pid: 7,
+            watched_s: 900.0,
+            resident_settled: 1000,
+            resident_end,
+            handles_settled: 12,
+            handles_end,
+        };
+        let with = |expect: &Expect, last| {
+            violated(expect.clone(), move |report| report.processes = vec![usage(1000, 12), last])
+        };
+        assert!(with(&expect, usage(1020, 11)).is_empty());
+        assert_eq!(with(&expect, usage(1021, 12)), ["memory_growth_max"]);
+        assert_eq!(with(&expect, usage(900, 13)), ["handles_growth_max"]);
     }
 
     #[test]

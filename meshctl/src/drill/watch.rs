@@ -1,0 +1,178 @@
+//! Memory and handles of each process while a drill goes on, by the kernel's own accounting: whether they stay flat.
+
+use std::collections::BTreeMap;
+use std::time::Duration;
+
+use serde::Serialize;
+
+/// How often the processes are looked at.
+pub const EVERY: Duration = Duration::from_secs(1);
+/// Parts of the time after settling; the first is compared with the last.
+const PARTS: u32 = 4;
+/// Samples that a part has at least: fewer say nothing of a median.
+const PART_MIN: usize = 5;
+
+/// What a process had at one time.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Sample {
+    /// When, from the load's start.
+    pub at: Duration,
+    /// Resident memory, bytes.
+    pub resident: u64,
+    /// Open files, sockets included.
+    pub handles: u64,
+}
+
+/// A process and its samples, in order of time.
+#[derive(Clone, Debug, Default)]
+pub struct Watched {
+    /// The node's name.
+    pub who: String,
+    /// Its process; a node that is started again has another.
+    pub pid: u32,
+    /// One a second.
+    pub samples: Vec<Sample>,
+}
+
+/// Looks at processes.
+#[derive(Debug, Default)]
+pub struct Watch {
+    processes: BTreeMap<u32, Watched>,
+    next: Duration,
+}
+
+impl Watch {
+    /// Takes a sample of each process (name and pid), if it is time to.
+    pub fn look<'a>(&mut self, at: Duration, processes: impl Iterator<Item = (&'a str, u32)>) {
+        if at < self.next {
+            return;
+        }
+        self.next = at + EVERY;
+        for (who, pid) in processes {
+            // One that has just ended has nothing left to be read.
+            let Some((resident, handles)) = usage(pid) else { continue };
+            let watched = self.processes.entry(pid);
+            let watched = watched.or_insert_with(|| Watched { who: who.to_owned(), pid, samples: Vec::new() });
+            watched.samples.push(Sample { at, resident, handles });
+        }
+    }
+
+    /// All that was seen, by pid.
+    pub fn end(self) -> Vec<Watched> {
+        self.processes.into_values().collect()
+    }
+}
+
+/// Resident bytes and open files; `None` where there is no such process, or no /proc.
+fn usage(pid: u32) -> Option<(u64, u64)> {
+    let status = std::fs::read_to_string(format!("/proc/{pid}/status")).ok()?;
+    let handles = std::fs::read_dir(format!("/proc/{pid}/fd")).ok()?.count();
+    Some((resident(&status)?, handles as u64))
+}
+
+/// `VmRSS` of /proc/PID/status, in bytes.
+fn resident(status: &str) -> Option<u64> {
+    let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:"))?;
+    let kib: u64 = line.trim().strip_suffix("kB")?.trim().parse().ok()?;
+    kib.checked_mul(1024)
+}
+
+/// What a process had when it had settled, and in the end: medians over the first and the last quarter of the time between.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+pub struct Usage {
+    /// The node's name.
+    pub who: String,
+    /// Its process.
+    pub pid: u32,
+    /// How long it was watched.
+    pub watched_s: f64,
+    /// Resident memory when it had settled, bytes.
+    pub resident_settled: u64,
+    /// In the end.
+    pub resident_end: u64,
+    /// Open files when it had settled.
+    pub handles_settled: u64,
+    /// In the end.
+    pub handles_end: u64,
+}
+
+impl Usage {
+    /// What memory grew by, as a share of what it was; below 0 if it shrank.
+    pub fn growth(&self) -> f64 {
+        (self.resident_end as f64 - self.resident_settled as f64) / self.resident_settled.max(1) as f64
+    }
+}
+
+/// How it was with every process that was watched for long enough after `settle` from its first sample.
+pub fn usages(watched: &[Watched], settle: Duration) -> Vec<Usage> {
+    watched.iter().filter_map(|process| usage_of(process, settle)).collect()
+}
+
+fn usage_of(process: &Watched, settle: Duration) -> Option<Usage> {
+    let (first, last) = (process.samples.first()?.at, process.samples.last()?.at);
+    let part = last.checked_sub(first + settle)? / PARTS;
+    let within = |from: Duration, to: Duration| -> Option<(u64, u64)> {
+        let samples: Vec<&Sample> = process.samples.iter().filter(|s| (from..=to).contains(&s.at)).collect();
+        let median = |of: fn(&Sample) -> u64| {
+            let mut values: Vec<u64> = samples.iter().map(|sample| of(sample)).collect();
+            let middle = values.len() / 2;
+            (values.len() >= PART_MIN).then(|| *values.select_nth_unstable(middle).1)
+        };
+        Some((median(|s| s.resident)?, median(|s| s.handles)?))
+    };
+    let (resident_settled, handles_settled) = within(first + settle, first + settle + part)?;
+    let (resident_end, handles_end) = within(last.saturating_sub(part), last)?;
+    let watched_s = (last - first).as_secs_f64();
+    let (who, pid) = (process.who.clone(), process.pid);
+    Some(Usage { who, pid, watched_s, resident_settled, resident_end, handles_settled, handles_end })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn process(seconds: u64, resident: impl Fn(u64) -> u64, handles: impl Fn(u64) -> u64) -> Watched {
+        let sample = |s| Sample { at: Duration::from_secs(s), resident: resident(s), handles: handles(s) };
+        Watched { who: "router".to_owned(), pid: 7, samples: (10..=10 + seconds).map(sample).collect() }
+    }
+
+    #[test]
+    fn what_grows_while_a_process_settles_does_not_count() {
+        let flat = process(100, |s| if s < 30 { s } else { 1000 }, |_| 9);
+        let found = usages(&[flat], Duration::from_secs(20));
+        assert_eq!((found[0].growth(), found[0].handles_settled, found[0].handles_end), (0.0, 9, 9));
+        assert_eq!((found[0].who.as_str(), found[0].watched_s), ("router", 100.0));
+    }
+
+    #[test]
+    fn what_grows_later_is_told_and_a_moment_s_peak_is_not() {
+        let leak = process(100, |s| 1000 + 10 * s, |s| s / 10);
+        let found = usages(&[leak], Duration::from_secs(20));
+        // From 30 to 50 s, and from 90 to 110.
+        assert_eq!((found[0].resident_settled, found[0].resident_end), (1400, 2000));
+        assert_eq!((found[0].handles_settled, found[0].handles_end), (4, 10));
+        let peak = process(100, |s| if s % 20 == 0 { 9000 } else { 1000 }, |_| 1);
+        assert_eq!(usages(&[peak], Duration::from_secs(20))[0].growth(), 0.0);
+    }
+
+    #[test]
+    fn a_process_that_did_not_live_long_is_not_judged() {
+        assert!(usages(&[process(25, |_| 1, |_| 1)], Duration::from_secs(20)).is_empty());
+        assert!(usages(&[process(5, |_| 1, |_| 1)], Duration::from_secs(20)).is_empty());
+        assert!(usages(&[Watched::default()], Duration::ZERO).is_empty());
+    }
+
+    #[test]
+    fn this_process_has_memory_and_handles() {
+        let pid = std::process::id();
+        let mut watch = Watch::default();
+        for second in [0, 0, 1] {
+            watch.look(Duration::from_secs(second), [("self", pid), ("nobody", u32::MAX)].into_iter());
+        }
+        let seen = watch.end();
+        assert_eq!((seen.len(), seen[0].samples.len()), (1, 2), "once a second");
+        assert!(seen[0].samples.iter().all(|s| s.resident > 1 << 20 && s.handles >= 3), "{seen:?}");
+        assert_eq!(resident("VmPeak:\t 9 kB\nVmRSS:\t     12 kB\n"), Some(12 * 1024));
+        assert_eq!(resident("VmRSS:\t 12 MB\n"), None);
+    }
+}
