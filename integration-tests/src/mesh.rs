@@ -343,7 +343,12 @@ impl Extra {
 impl Mesh {
     /// Starts a node of this mesh's model; `role` is `expert` or `attention`.
     pub fn spawn(&self, role: &str, dtype: Dtype, args: &[&str]) -> Extra {
-        self.spawn_as(&mut Command::new(binary(&format!("{role}-svc"))), dtype, args)
+        self.spawn_as(&mut Command::new(binary(&format!("{role}-svc"))), &self.model, dtype, args)
+    }
+
+    /// Starts a node of another checkpoint.
+    pub fn spawn_of(&self, role: &str, model: &Path, dtype: Dtype) -> Extra {
+        self.spawn_as(&mut Command::new(binary(&format!("{role}-svc"))), model, dtype, &[])
     }
 
     /// The same with files of at most so many blocks of 512 bytes: writing more fails.
@@ -351,14 +356,14 @@ impl Mesh {
         let mut shell = Command::new("sh");
         let limited = format!("trap '' XFSZ; ulimit -f {blocks}; exec \"$0\" \"$@\"");
         shell.args(["-c", &limited]).arg(binary(&format!("{role}-svc")));
-        self.spawn_as(&mut shell, dtype, args)
+        self.spawn_as(&mut shell, &self.model, dtype, args)
     }
 
-    fn spawn_as(&self, command: &mut Command, dtype: Dtype, args: &[&str]) -> Extra {
+    fn spawn_as(&self, command: &mut Command, model: &Path, dtype: Dtype, args: &[&str]) -> Extra {
         let folder = tempfile::tempdir().expect("a temporary folder");
         // A pipe, for a file's length may be limited.
         let log = std::fs::File::create(folder.path().join("log")).expect("a log file");
-        command.args(["--model", &self.model.display().to_string(), "--router", &format!("http://{}", self.grpc)]);
+        command.args(["--model", &model.display().to_string(), "--router", &format!("http://{}", self.grpc)]);
         command.args(["--transport", self.transport.flag(), "--dtype", dtype.flag(), "--threads", "1"]).args(args);
         command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(log).kill_on_drop(true);
         let mut child = command.spawn().expect("the node starts");
