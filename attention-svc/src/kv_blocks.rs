@@ -1,13 +1,11 @@
 //! The pages of the KV cache: a fixed number, taken one by one and given back whole.
 
-use std::collections::VecDeque;
-
 /// Hands out the pages of a KV cache. Pages are numbers below `total`; each is with one sequence or free.
 #[derive(Debug)]
 pub struct KvBlocks {
-    /// First in, first out, so that a defect that uses a page after it was given back is not hidden by its next owner
-    /// being the same sequence.
-    free: VecDeque<u32>,
+    /// Last in, first out: what was written last is still in the processor's caches, and of a large pool the system gives out
+    /// no more memory than sequences ever held at once.
+    free: Vec<u32>,
     taken: Vec<bool>,
     page_tokens: u32,
 }
@@ -15,7 +13,7 @@ pub struct KvBlocks {
 impl KvBlocks {
     /// `total` free pages of `page_tokens` tokens each.
     pub fn new(total: u32, page_tokens: u32) -> Self {
-        Self { free: (0..total).collect(), taken: vec![false; total as usize], page_tokens: page_tokens.max(1) }
+        Self { free: (0..total).rev().collect(), taken: vec![false; total as usize], page_tokens: page_tokens.max(1) }
     }
 
     /// Pages that hold `tokens` tokens.
@@ -40,7 +38,8 @@ impl KvBlocks {
         if missing > self.free() {
             return false;
         }
-        for page in self.free.drain(..missing as usize) {
+        let rest = self.free.len() - missing as usize;
+        for page in self.free.drain(rest..).rev() {
             debug_assert!(!self.taken[page as usize]);
             self.taken[page as usize] = true;
             pages.push(page);
@@ -54,7 +53,7 @@ impl KvBlocks {
             let taken = &mut self.taken[page as usize];
             assert!(*taken, "KV page {page} given back twice");
             *taken = false;
-            self.free.push_back(page);
+            self.free.push(page);
         }
     }
 }
@@ -78,6 +77,17 @@ mod tests {
         kv.give_back(&mut a);
         kv.give_back(&mut b);
         assert_eq!((a.len(), kv.free(), kv.total()), (0, 4, 4));
+    }
+
+    #[test]
+    fn pages_used_before_are_used_again_first() {
+        let mut kv = KvBlocks::new(100, 8);
+        for tokens in [40, 8, 33] {
+            let mut pages = Vec::new();
+            assert!(kv.cover(&mut pages, tokens));
+            assert!(pages.iter().all(|page| *page < 5), "{pages:?}");
+            kv.give_back(&mut pages);
+        }
     }
 
     #[test]
