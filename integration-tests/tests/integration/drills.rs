@@ -89,3 +89,32 @@ async fn a_plan_with_a_mistake_is_a_usage_error_that_names_it() {
         assert!(errors.contains(word) && errors.contains("remedy:"), "{errors}");
     }
 }
+
+/// The soak of drills/soak.toml in less than a minute: whoever leaks with every fault shows it here already. What is within the
+/// two percent of the long one takes the long one.
+#[tokio::test]
+async fn a_short_soak_serves_every_request_and_nobody_grows() {
+    let long = std::fs::read_to_string(repository().join("drills/soak.toml")).expect("the plan");
+    let shorter = [
+        ("[mesh]\n", "[mesh]\ntransport = \"tcp\"\nthreads = 1\n"),
+        ("streams = 16\n", "streams = 6\n"),
+        ("seconds = 20\n", "seconds = 2\n"),
+        ("count = 90\n", "count = 9\n"),
+        ("seconds = [12, 22]\n", "seconds = [1, 3]\n"),
+        ("memory_growth_max = 0.02\n", "memory_growth_max = 0.2\nsettle_s = 12\n"),
+        ("handles_growth_max = 0\n", "handles_growth_max = 4\n"),
+    ];
+    let short = shorter.iter().fold(long, |plan, (from, to)| {
+        assert!(plan.contains(from), "{from:?} in {plan}");
+        plan.replace(from, to)
+    });
+    let folder = tempfile::tempdir().expect("a temporary folder");
+    let plan = folder.path().join("soak.toml");
+    std::fs::write(&plan, short).expect("a plan");
+    let (code, report, table) = drill(&plan).await;
+    eprintln!("{table}");
+    assert_eq!(code, 0, "{table}");
+    let processes = report["found"]["processes"].as_array().expect("processes");
+    let watched: Vec<&str> = processes.iter().filter_map(|p| p["who"].as_str()).collect();
+    assert!(["router", "attention-0", "expert-0", "expert-1"].iter().all(|who| watched.contains(who)), "{table}");
+}
