@@ -3,6 +3,8 @@
 use std::alloc::{Layout, alloc_zeroed, dealloc};
 use std::ptr::NonNull;
 
+use memmap2::MmapMut;
+
 use crate::KernelError;
 
 /// Alignment of every buffer: a cache line, and a full SIMD register.
@@ -10,12 +12,21 @@ pub(crate) const LINE_BYTES: usize = 64;
 /// Weights of at least this size are aligned to, and asked to lie in, huge pages: at one row a GEMM walks all of them,
 /// and a TLB miss every 4 KiB costs about a tenth of the bandwidth.
 const HUGE_PAGE_BYTES: usize = 2 << 20;
+/// Weights of at least this size have a mapping of their own, which the system has back as soon as they are dropped: an
+/// allocator keeps what experts leave behind that move to other nodes.
+const MAPPED_BYTES_MIN: usize = 64 << 10;
 
 /// Zeroed bytes, [`LINE_BYTES`] aligned.
 pub(crate) struct AlignedBuf {
-    allocation: Option<(NonNull<u8>, Layout)>,
+    storage: Storage,
     start: NonNull<u8>,
     len: usize,
+}
+
+enum Storage {
+    None,
+    Allocated(NonNull<u8>, Layout),
+    Mapped(#[allow(dead_code, reason = "held to be unmapped when it is dropped")] MmapMut),
 }
 
 // SAFETY: the buffer owns plain bytes; nothing in it is tied to a thread.
@@ -33,22 +44,37 @@ impl AlignedBuf {
     pub const fn empty() -> AlignedBuf {
         // SAFETY: the constant is not zero.
         let start = unsafe { NonNull::new_unchecked(std::ptr::without_provenance_mut(LINE_BYTES)) };
-        AlignedBuf { allocation: None, start, len: 0 }
+        AlignedBuf { storage: Storage::None, start, len: 0 }
     }
 
     /// `len` zero bytes that will be written at once and read often.
     pub fn for_weights(len: usize) -> Result<AlignedBuf, KernelError> {
-        if len < HUGE_PAGE_BYTES {
+        if len < MAPPED_BYTES_MIN {
             return AlignedBuf::zeroed(len);
         }
-        let buf = AlignedBuf::with_alignment(len, HUGE_PAGE_BYTES)?;
+        let align = if len < HUGE_PAGE_BYTES { LINE_BYTES } else { HUGE_PAGE_BYTES };
+        let buf = AlignedBuf::mapped(len, align)?;
         #[cfg(target_os = "linux")]
-        // SAFETY: the range is whole pages inside our own allocation, and the advice changes no contents. A refusal
-        // (a kernel without huge pages) is harmless, so its result is not needed.
-        unsafe {
-            libc::madvise(buf.start.as_ptr().cast(), len - len % HUGE_PAGE_BYTES, libc::MADV_HUGEPAGE);
+        if len >= HUGE_PAGE_BYTES {
+            // SAFETY: the range is whole pages inside our own mapping, and the advice changes no contents. A refusal
+            // (a kernel without huge pages) is harmless, so its result is not needed.
+            unsafe {
+                libc::madvise(buf.start.as_ptr().cast(), len - len % HUGE_PAGE_BYTES, libc::MADV_HUGEPAGE);
+            }
         }
         Ok(buf)
+    }
+
+    // Over-maps and aligns by hand, if a page's alignment is not enough.
+    fn mapped(len: usize, align: usize) -> Result<AlignedBuf, KernelError> {
+        let memory = || KernelError::Memory { bytes: len };
+        let total = if align > LINE_BYTES { len.checked_add(align).ok_or_else(memory)? } else { len };
+        let mut map = MmapMut::map_anon(total).map_err(|_| memory())?;
+        let base = NonNull::new(map.as_mut_ptr()).ok_or_else(memory)?;
+        let skip = base.as_ptr().align_offset(align);
+        // SAFETY: skip is 0 for an alignment that pages have, else less than align, and len + align bytes were mapped.
+        let start = unsafe { base.add(skip) };
+        Ok(AlignedBuf { storage: Storage::Mapped(map), start, len })
     }
 
     // Over-allocates and aligns by hand: the allocator zeroes large plain requests lazily (fresh pages), but writes
@@ -65,7 +91,7 @@ impl AlignedBuf {
         let skip = base.as_ptr().align_offset(align);
         // SAFETY: skip < align, and len + align bytes were allocated.
         let start = unsafe { base.add(skip) };
-        Ok(AlignedBuf { allocation: Some((base, layout)), start, len })
+        Ok(AlignedBuf { storage: Storage::Allocated(base, layout), start, len })
     }
 
     pub fn as_slice(&self) -> &[u8] {
@@ -85,7 +111,7 @@ impl AlignedBuf {
 
 impl Drop for AlignedBuf {
     fn drop(&mut self) {
-        if let Some((base, layout)) = self.allocation {
+        if let Storage::Allocated(base, layout) = self.storage {
             // SAFETY: allocated in `with_alignment` with this layout, freed once.
             unsafe { dealloc(base.as_ptr(), layout) }
         }
@@ -104,7 +130,7 @@ mod tests {
 
     #[test]
     fn buffers_are_aligned_zeroed_and_writable_to_the_last_byte() {
-        for len in [0, 1, 63, 64, 4097, HUGE_PAGE_BYTES + 5] {
+        for len in [0, 1, 63, 64, 4097, MAPPED_BYTES_MIN, MAPPED_BYTES_MIN + 1, HUGE_PAGE_BYTES + 5] {
             let mut buf = AlignedBuf::for_weights(len).unwrap();
             assert_eq!(buf.as_slice().as_ptr() as usize % LINE_BYTES, 0);
             assert_eq!(buf.len(), len);

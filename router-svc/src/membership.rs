@@ -127,6 +127,8 @@ pub struct Node {
     pub failures: u32,
     /// How fast it answers beside the others, as placement counts it; 1 is usual.
     pub speed: f64,
+    /// How fast it was when last looked at.
+    pub speed_before: f64,
     /// When it was last heard.
     pub heard: Instant,
     token: Token,
@@ -223,6 +225,7 @@ impl Members {
             draining: false,
             failures: 0,
             speed: 1.0,
+            speed_before: 1.0,
             heard: now,
             token,
             session: false,

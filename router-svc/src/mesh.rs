@@ -466,7 +466,10 @@ impl Mesh {
             deferred = placed.deferred,
             "preparing view"
         );
-        self.moved.count(&placed.moves, self.expert_bytes());
+        // The first view moves nothing: nobody held anything.
+        if self.view.is_some() {
+            self.moved.count(&placed.moves, self.expert_bytes());
+        }
         if placed.deferred {
             self.review_within(self.policy.debounce, now);
         }

@@ -6,7 +6,7 @@ use mesh_proto::v1;
 /// Counted since the router's start, changes that were abandoned included: their loading was asked for.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Moved {
-    /// Views that were prepared.
+    /// Views that were prepared after the first.
     changes: u64,
     /// Bytes of experts that they had nodes load.
     bytes: u64,
@@ -15,7 +15,7 @@ pub struct Moved {
 }
 
 impl Moved {
-    /// A change is prepared. Before any node has said what an expert takes, nothing is held and nothing is moved.
+    /// A change of a view in force is prepared.
     pub fn count(&mut self, moves: &[Move], expert_bytes: u64) {
         let bytes = |moves: usize| expert_bytes.saturating_mul(moves as u64);
         let bounded = moves.iter().filter(|m| m.why != Why::Unheld).count();

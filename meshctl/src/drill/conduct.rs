@@ -1,9 +1,10 @@
 //! Carries out the phases of a plan on a running mesh, and writes down what happened when.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::time::{Duration, Instant};
 
-use tokio::time::sleep;
+use mesh_proto::v1::NodeStatus;
+use tokio::time::{sleep, timeout};
 
 use super::drain;
 use super::error::DrillError;
@@ -11,12 +12,16 @@ use super::span::Span;
 use super::step::{Step, Who};
 use super::watch::{Watch, Watched};
 use crate::bench::random::Random;
+use crate::client::Client;
 use crate::exit::CliError;
 use crate::launch::{Group, Mesh, Node};
 use crate::os::Signal;
+use crate::process::End;
 
 /// The seed's branch for choices of nodes and of times.
 const CHOICES: u64 = u64::from_be_bytes(*b"choices ");
+/// How long the router may take to say who holds what.
+const HELD_MAX: Duration = Duration::from_millis(500);
 /// How often it is looked whether a node ended by itself.
 const DEATH_POLL: Duration = Duration::from_millis(100);
 /// What an event is called of which the plan knows nothing.
@@ -65,7 +70,7 @@ impl<'a, S: Fn(&str)> Conductor<'a, S> {
     /// [`CliError`] of the phase that could not be carried out.
     pub async fn run(&mut self, steps: &[&Step]) -> Result<(), CliError> {
         for step in steps {
-            self.look();
+            self.look().await;
             self.step(step).await?;
         }
         Ok(())
@@ -74,7 +79,7 @@ impl<'a, S: Fn(&str)> Conductor<'a, S> {
     /// What happened, in order of time, and what each process used meanwhile. No halted node is left behind: halted, it
     /// could not be stopped.
     pub async fn end(mut self) -> (Vec<Event>, Vec<Watched>) {
-        self.look();
+        self.look().await;
         for name in std::mem::take(&mut self.halted) {
             // It was started, so it is there.
             let _ = self.mesh.kill_node(&name).await;
@@ -105,9 +110,8 @@ impl<'a, S: Fn(&str)> Conductor<'a, S> {
                 let name = self.alive(*who, "ask to end")?;
                 self.event_of_end("term", &name)?;
                 let asked = Instant::now();
-                if self.mesh.terminate(&name).await?.is_none() {
-                    return Err(DrillError::NotEnded { name, waited: asked.elapsed() }.into());
-                }
+                let end = self.mesh.terminate(&name).await?;
+                has_ended(&name, end, asked)?;
                 self.restart_after(&name, *restart_after).await?;
             }
             Step::Restart { who } => match (self.ended(*who), who.slot) {
@@ -119,7 +123,9 @@ impl<'a, S: Fn(&str)> Conductor<'a, S> {
             Step::Drain { who } => {
                 let name = self.alive(*who, "drain")?;
                 self.event_of_end("drain", &name)?;
+                let asked = Instant::now();
                 drain::drain(self.mesh.grpc(), &name).await?;
+                has_ended(&name, self.mesh.ended(&name).await?, asked)?;
             }
             Step::RouterRestart { restart_after } => {
                 let router = Group::Router.name();
@@ -206,7 +212,7 @@ impl<'a, S: Fn(&str)> Conductor<'a, S> {
     async fn pause(&mut self, span: Span) {
         let end = Instant::now() + span.draw(&mut self.random);
         loop {
-            self.look();
+            self.look().await;
             let left = end.saturating_duration_since(Instant::now());
             if left.is_zero() {
                 return;
@@ -253,10 +259,21 @@ impl<'a, S: Fn(&str)> Conductor<'a, S> {
     }
 
     /// Looks at all processes: what they use, and whether they are still there.
-    fn look(&mut self) {
-        let running = self.mesh.nodes().iter().map(Node::process).filter(|process| process.ended().is_none());
-        self.watch.look(self.start.elapsed(), running.map(|process| (process.name(), process.pid())));
+    async fn look(&mut self) {
         self.note_deaths();
+        if !self.watch.is_due(self.start.elapsed()) {
+            return;
+        }
+        // While the router is away nobody says who holds what: nothing is sampled then.
+        let Ok(Some(held)) = timeout(HELD_MAX, held(self.mesh.grpc())).await else { return };
+        let running = self.mesh.nodes().iter().filter(|node| node.process().ended().is_none());
+        // Nor of a node that is struck out for the moment.
+        let known = running.filter_map(|node| {
+            let (process, pid) = (node.process(), node.process().pid());
+            let experts = if node.group() == Group::Router { Some(0) } else { held.get(&pid).copied() };
+            Some((process.name(), pid, experts?))
+        });
+        self.watch.look(self.start.elapsed(), known);
     }
 
     /// Writes down whose end nobody asked for.
@@ -280,6 +297,21 @@ impl<'a, S: Fn(&str)> Conductor<'a, S> {
             self.mesh.show_tail(&name);
         }
     }
+}
+
+/// Bytes of experts that each process holds, as nodes told the router last.
+async fn held(grpc: &str) -> Option<BTreeMap<u32, u64>> {
+    let status = Client::connect(grpc).await.ok()?.status().await.ok()?;
+    let held = |node: &NodeStatus| {
+        let load = node.load.as_ref()?;
+        Some((node.pid, u64::from(load.experts_held).saturating_mul(load.expert_bytes)))
+    };
+    Some(status.nodes.iter().filter_map(held).collect())
+}
+
+fn has_ended(name: &str, end: Option<End>, asked: Instant) -> Result<(), DrillError> {
+    let waited = asked.elapsed();
+    end.map(|_| ()).ok_or_else(|| DrillError::NotEnded { name: name.to_owned(), waited })
 }
 
 fn nobody(who: Who, what: &'static str) -> DrillError {

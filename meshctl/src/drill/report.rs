@@ -89,7 +89,7 @@ pub struct Report {
     pub throughput: Throughput,
     /// What happened.
     pub events: Vec<EventLine>,
-    /// What changes of the view had nodes load since the router's start, the first view included.
+    /// What changes of the view had nodes load since the router's start, the first view not included.
     #[serde(serialize_with = "as_status")]
     pub moved: Option<Moved>,
     /// What processes used that ran for long enough to settle.
@@ -285,19 +285,20 @@ impl Report {
         let settled = format!("MB at {settle_s:.0} s");
         writeln!(
             text,
-            "  {:<14} {:>8} {:>9} {settled:>12} {:>9} {:>8}  handles",
-            "process", "pid", "ran s", "in the end", "growth"
+            "  {:<14} {:>8} {:>9} {settled:>12} {:>10} {:>14} {:>8}  handles",
+            "process", "pid", "ran s", "in the end", "of experts", "growth"
         )?;
         for p in &self.processes {
             let mb = |bytes: u64| bytes as f64 / 1e6;
             writeln!(
                 text,
-                "  {:<14} {:>8} {:>9.0} {:>12.1} {:>10.1} {:>6.1} %  {} to {}",
+                "  {:<14} {:>8} {:>9.0} {:>12.1} {:>10.1} {:>14} {:>6.1} %  {} to {}",
                 p.who,
                 p.pid,
                 p.watched_s,
                 mb(p.resident_settled),
                 mb(p.resident_end),
+                format!("{:.1} to {:.1}", mb(p.experts_settled), mb(p.experts_end)),
                 100.0 * p.growth(),
                 p.handles_settled,
                 p.handles_end

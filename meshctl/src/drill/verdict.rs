@@ -108,6 +108,8 @@ mod tests {
             watched_s: 900.0,
             resident_settled: 1000,
             resident_end,
+            experts_settled: 0,
+            experts_end: 0,
             handles_settled: 12,
             handles_end,
         };

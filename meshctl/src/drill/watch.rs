@@ -19,6 +19,8 @@ pub struct Sample {
     pub at: Duration,
     /// Resident memory, bytes.
     pub resident: u64,
+    /// Bytes of experts that it holds: they come and go with the view.
+    pub experts: u64,
     /// Open files, sockets included.
     pub handles: u64,
 }
@@ -42,18 +44,20 @@ pub struct Watch {
 }
 
 impl Watch {
-    /// Takes a sample of each process (name and pid), if it is time to.
-    pub fn look<'a>(&mut self, at: Duration, processes: impl Iterator<Item = (&'a str, u32)>) {
-        if at < self.next {
-            return;
-        }
+    /// Whether it is time for samples.
+    pub fn is_due(&self, at: Duration) -> bool {
+        at >= self.next
+    }
+
+    /// Takes a sample of each process: name, pid, and bytes of the experts that it holds.
+    pub fn look<'a>(&mut self, at: Duration, processes: impl Iterator<Item = (&'a str, u32, u64)>) {
         self.next = at + EVERY;
-        for (who, pid) in processes {
+        for (who, pid, experts) in processes {
             // One that has just ended has nothing left to be read.
             let Some((resident, handles)) = usage(pid) else { continue };
             let watched = self.processes.entry(pid);
             let watched = watched.or_insert_with(|| Watched { who: who.to_owned(), pid, samples: Vec::new() });
-            watched.samples.push(Sample { at, resident, handles });
+            watched.samples.push(Sample { at, resident, experts, handles });
         }
     }
 
@@ -90,6 +94,10 @@ pub struct Usage {
     pub resident_settled: u64,
     /// In the end.
     pub resident_end: u64,
+    /// Bytes of experts that it held when it had settled.
+    pub experts_settled: u64,
+    /// In the end.
+    pub experts_end: u64,
     /// Open files when it had settled.
     pub handles_settled: u64,
     /// In the end.
@@ -97,9 +105,13 @@ pub struct Usage {
 }
 
 impl Usage {
-    /// What memory grew by, as a share of what it was; below 0 if it shrank.
+    /// What memory grew by, beside the experts that the view gave or took, as a share of all that it was; below 0 if it shrank.
     pub fn growth(&self) -> f64 {
-        (self.resident_end as f64 - self.resident_settled as f64) / self.resident_settled.max(1) as f64
+        let (resident, experts) = (
+            self.resident_end as f64 - self.resident_settled as f64,
+            self.experts_end as f64 - self.experts_settled as f64,
+        );
+        (resident - experts) / self.resident_settled.max(1) as f64
     }
 }
 
@@ -111,20 +123,30 @@ pub fn usages(watched: &[Watched], settle: Duration) -> Vec<Usage> {
 fn usage_of(process: &Watched, settle: Duration) -> Option<Usage> {
     let (first, last) = (process.samples.first()?.at, process.samples.last()?.at);
     let part = last.checked_sub(first + settle)? / PARTS;
-    let within = |from: Duration, to: Duration| -> Option<(u64, u64)> {
+    let within = |from: Duration, to: Duration| -> Option<(u64, u64, u64)> {
         let samples: Vec<&Sample> = process.samples.iter().filter(|s| (from..=to).contains(&s.at)).collect();
         let median = |of: fn(&Sample) -> u64| {
             let mut values: Vec<u64> = samples.iter().map(|sample| of(sample)).collect();
             let middle = values.len() / 2;
             (values.len() >= PART_MIN).then(|| *values.select_nth_unstable(middle).1)
         };
-        Some((median(|s| s.resident)?, median(|s| s.handles)?))
+        Some((median(|s| s.resident)?, median(|s| s.experts)?, median(|s| s.handles)?))
     };
-    let (resident_settled, handles_settled) = within(first + settle, first + settle + part)?;
-    let (resident_end, handles_end) = within(last.saturating_sub(part), last)?;
+    let (resident_settled, experts_settled, handles_settled) = within(first + settle, first + settle + part)?;
+    let (resident_end, experts_end, handles_end) = within(last.saturating_sub(part), last)?;
     let watched_s = (last - first).as_secs_f64();
     let (who, pid) = (process.who.clone(), process.pid);
-    Some(Usage { who, pid, watched_s, resident_settled, resident_end, handles_settled, handles_end })
+    Some(Usage {
+        who,
+        pid,
+        watched_s,
+        resident_settled,
+        resident_end,
+        experts_settled,
+        experts_end,
+        handles_settled,
+        handles_end,
+    })
 }
 
 #[cfg(test)]
@@ -132,7 +154,7 @@ mod tests {
     use super::*;
 
     fn process(seconds: u64, resident: impl Fn(u64) -> u64, handles: impl Fn(u64) -> u64) -> Watched {
-        let sample = |s| Sample { at: Duration::from_secs(s), resident: resident(s), handles: handles(s) };
+        let sample = |s| Sample { at: Duration::from_secs(s), resident: resident(s), experts: 0, handles: handles(s) };
         Watched { who: "router".to_owned(), pid: 7, samples: (10..=10 + seconds).map(sample).collect() }
     }
 
@@ -156,6 +178,14 @@ mod tests {
     }
 
     #[test]
+    fn experts_that_the_view_gives_are_no_growth() {
+        let mut given = process(100, |s| 1000 + if s < 60 { 0 } else { 300 }, |_| 1);
+        given.samples.iter_mut().for_each(|s| s.experts = if s.at.as_secs() < 60 { 400 } else { 700 });
+        let found = usages(&[given], Duration::from_secs(20));
+        assert_eq!((found[0].resident_end, found[0].experts_end, found[0].growth()), (1300, 700, 0.0));
+    }
+
+    #[test]
     fn a_process_that_did_not_live_long_is_not_judged() {
         assert!(usages(&[process(25, |_| 1, |_| 1)], Duration::from_secs(20)).is_empty());
         assert!(usages(&[process(5, |_| 1, |_| 1)], Duration::from_secs(20)).is_empty());
@@ -166,8 +196,10 @@ mod tests {
     fn this_process_has_memory_and_handles() {
         let pid = std::process::id();
         let mut watch = Watch::default();
-        for second in [0, 0, 1] {
-            watch.look(Duration::from_secs(second), [("self", pid), ("nobody", u32::MAX)].into_iter());
+        for at in [0, 500, 1000].map(Duration::from_millis).into_iter() {
+            if watch.is_due(at) {
+                watch.look(at, [("self", pid, 0), ("nobody", u32::MAX, 0)].into_iter());
+            }
         }
         let seen = watch.end();
         assert_eq!((seen.len(), seen[0].samples.len()), (1, 2), "once a second");

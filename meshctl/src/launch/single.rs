@@ -29,8 +29,16 @@ impl Mesh {
     /// # Errors
     /// [`CliError::NoSuchNode`].
     pub async fn terminate(&self, name: &str) -> Result<Option<End>, CliError> {
+        self.node(name)?.process.signal(Signal::Term);
+        self.ended(name).await
+    }
+
+    /// Waits for the end of a process that was asked to stop; `None` if it does not come within the grace period.
+    ///
+    /// # Errors
+    /// [`CliError::NoSuchNode`].
+    pub async fn ended(&self, name: &str) -> Result<Option<End>, CliError> {
         let process = &self.node(name)?.process;
-        process.signal(Signal::Term);
         // Late is an answer, not a failure.
         let _ = timeout(self.launcher.args.grace, process.wait()).await;
         Ok(process.ended())

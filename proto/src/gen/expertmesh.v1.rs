@@ -251,7 +251,7 @@ pub struct StatusResponse {
     #[prost(message, optional, tag = "8")]
     pub moved: ::core::option::Option<Moved>,
 }
-/// What changes of the view had expert nodes load since the router's start.
+/// What changes of the view had expert nodes load since the router's start, the first view not included.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct Moved {
     #[prost(uint64, tag = "1")]

@@ -78,13 +78,16 @@ impl Mesh {
         Ok((told, std::mem::take(&mut self.actions)))
     }
 
-    /// Takes over how fast expert nodes have been.
+    /// Takes over how fast expert nodes have been. A node counts as slow when two looks in a row find it so: who shares a processor
+    /// with a node that starts is slow for a moment, and its experts are not to be moved about for that.
     fn measure_speeds(&mut self, now: Instant) {
         let speeds = self.loads.speeds(now);
         let experts: Vec<(NodeId, Slot)> = self.members.live(Role::Expert).map(|n| (n.id, n.slot)).collect();
         for (id, slot) in experts {
-            let speed = speeds.get(&slot).copied().unwrap_or(1.0);
+            let found = speeds.get(&slot).copied().unwrap_or(1.0);
             let Some(node) = self.members.get_mut(id) else { continue };
+            let speed = found.max(node.speed_before);
+            node.speed_before = found;
             if (speed < 1.0) != (node.speed < 1.0) {
                 let label = node.label();
                 tracing::info!(
