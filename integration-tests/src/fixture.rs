@@ -30,6 +30,11 @@ pub fn tiny_moe() -> PathBuf {
     repository().join("fixtures/tiny-moe")
 }
 
+/// What drills run on: the shipped model, or the one in `MESH_TEST_MODEL`.
+pub fn drilled() -> PathBuf {
+    std::env::var_os("MESH_TEST_MODEL").map_or_else(tiny_moe, PathBuf::from)
+}
+
 /// A fixture's folder: in the repository, or under `MESH_REFERENCE_DIR`.
 pub fn find(name: &str) -> Option<PathBuf> {
     let outside = std::env::var_os("MESH_REFERENCE_DIR").map(PathBuf::from);

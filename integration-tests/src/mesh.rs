@@ -28,6 +28,15 @@ pub enum Transport {
 }
 
 impl Transport {
+    /// What drills run over: TCP, or UCX where `MESH_TEST_TRANSPORT` says `ucx`.
+    pub fn drilled() -> Self {
+        match std::env::var("MESH_TEST_TRANSPORT").as_deref() {
+            Ok("ucx") => Transport::Ucx,
+            Err(_) | Ok("tcp") => Transport::Tcp,
+            Ok(other) => panic!("MESH_TEST_TRANSPORT is {other}, not tcp or ucx"),
+        }
+    }
+
     /// As the flag wants it.
     pub fn flag(self) -> &'static str {
         match self {

@@ -1,13 +1,15 @@
 //! Nodes that join, fail to join, are drained and die while requests go on: the view in force serves on, and the next
 //! change succeeds.
+//!
+//! On the shipped model over TCP, or on `MESH_TEST_MODEL` over `MESH_TEST_TRANSPORT` (tcp, ucx).
 
 use std::collections::BTreeSet;
-use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
-use integration_tests::fixture::tiny_moe;
+use integration_tests::checkpoint::Copy;
+use integration_tests::fixture::drilled;
 use integration_tests::generation::{Generation, ids_request};
 use integration_tests::mesh::{binary, send_signal};
 use integration_tests::patience::{eventually, soon};
@@ -51,8 +53,11 @@ async fn experts_serve(mesh: &Mesh, count: usize) {
     .await;
 }
 
+const DTYPE: Dtype = Dtype::Bf16;
+
 fn mesh_of(attention: u16, experts: u16) -> MeshBuilder {
-    Mesh::builder().attention(attention).experts(experts).transport(Transport::Tcp)
+    let mesh = Mesh::builder().model(&drilled()).dtype(DTYPE).transport(Transport::drilled());
+    mesh.attention(attention).experts(experts)
 }
 
 #[tokio::test]
@@ -71,7 +76,7 @@ async fn nodes_join_and_are_drained_under_load_and_nobody_notices() {
     });
     let mut joined = Vec::new();
     for count in 3..=4 {
-        joined.push(mesh.add("expert", Dtype::F32, &[]).await);
+        joined.push(mesh.add("expert", DTYPE, &[]).await);
         experts_serve(&mesh, count).await;
     }
     // One by the command, one by a signal, one that was there from the start; an attention node too.
@@ -103,12 +108,12 @@ async fn nodes_join_and_are_drained_under_load_and_nobody_notices() {
 async fn a_join_that_dies_in_prepare_leaves_the_view_serving_and_the_next_join_succeeds() {
     let mesh = mesh_of(1, 2).start().await;
     let before = (mesh.status().await.view, ids(&answers(&mesh).await));
-    let dying = mesh.add_stopped("expert", Dtype::F32).await;
+    let dying = mesh.add_stopped("expert", DTYPE).await;
     assert_eq!(ids(&answers(&mesh).await), before.1, "the view before serves on while a node prepares for ever");
     assert_eq!(mesh.status().await.view, before.0);
     send_signal("KILL", dying.pid());
     assert_eq!(ids(&answers(&mesh).await), before.1);
-    let _next = mesh.add("expert", Dtype::F32, &[]).await;
+    let _next = mesh.add("expert", DTYPE, &[]).await;
     experts_serve(&mesh, 3).await;
     assert_eq!(ids(&answers(&mesh).await), before.1);
 }
@@ -117,39 +122,26 @@ async fn a_join_that_dies_in_prepare_leaves_the_view_serving_and_the_next_join_s
 async fn a_node_of_another_model_or_dtype_is_refused_by_name_and_changes_nothing() {
     let mesh = mesh_of(1, 1).start().await;
     let (view, undisturbed) = (mesh.status().await.view, ids(&answers(&mesh).await));
-    let mut other = mesh.spawn("expert", Dtype::Bf16, &[]);
+    let mut other = mesh.spawn("expert", Dtype::F32, &[]);
     assert_ne!(other.end().await.code(), Some(0));
     assert!(other.log().contains("MODEL_MISMATCH") || other.log().contains("dtype"), "{}", other.log());
     assert_eq!((mesh.status().await.view, ids(&answers(&mesh).await)), (view, undisturbed));
-    let _right = mesh.add("expert", Dtype::F32, &[]).await;
+    let _right = mesh.add("expert", DTYPE, &[]).await;
     experts_serve(&mesh, 2).await;
-}
-
-/// A checkpoint as the mesh's to all that is written about its tensors; only their values are others.
-fn tuned_otherwise(folder: &Path) {
-    for file in ["config.json", "tokenizer.json", "tokenizer_config.json", "generation_config.json"] {
-        std::fs::copy(tiny_moe().join(file), folder.join(file)).expect("a copy");
-    }
-    let mut weights = std::fs::read(tiny_moe().join("model.safetensors")).expect("the weights");
-    let header = u64::from_le_bytes(weights[..8].try_into().expect("eight bytes")) as usize;
-    // The last bit of each bf16's mantissa.
-    weights[8 + header..].iter_mut().step_by(2).for_each(|low| *low ^= 1);
-    std::fs::write(folder.join("model.safetensors"), weights).expect("other weights");
 }
 
 #[tokio::test]
 async fn a_node_with_other_weights_of_the_same_shapes_is_refused_and_changes_nothing() {
     let mesh = mesh_of(1, 1).start().await;
     let (view, undisturbed) = (mesh.status().await.view, ids(&answers(&mesh).await));
-    let folder = tempfile::tempdir().expect("a temporary folder");
-    tuned_otherwise(folder.path());
+    let retuned = Copy::of(&drilled()).retuned();
     for role in ["expert", "attention"] {
-        let mut other = mesh.spawn_of(role, folder.path(), Dtype::F32);
+        let mut other = mesh.spawn_of(role, retuned.path(), DTYPE);
         assert_ne!(other.end().await.code(), Some(0), "{}", other.log());
         assert!(other.log().contains("MODEL_MISMATCH"), "{}", other.log());
     }
     assert_eq!((mesh.status().await.view, ids(&answers(&mesh).await)), (view, undisturbed));
-    let _right = mesh.add("expert", Dtype::F32, &[]).await;
+    let _right = mesh.add("expert", DTYPE, &[]).await;
     experts_serve(&mesh, 2).await;
 }
 
@@ -160,11 +152,11 @@ async fn a_node_whose_disk_is_full_joins_without_its_cache() {
     let cache = tempfile::tempdir().expect("a temporary folder");
     let dir = cache.path().to_str().expect("its path is UTF-8");
     // No file may grow beyond 8 KiB, which the system says as it says of a full disk: by an error of the write.
-    let full = mesh.spawn_limited("expert", Dtype::F32, &["--cache-dir", dir], 16);
+    let full = mesh.spawn_limited("expert", DTYPE, &["--cache-dir", dir], 16);
     let full = full.ready().await;
     experts_serve(&mesh, 2).await;
     assert_eq!(ids(&answers(&mesh).await), undisturbed, "{}", full.log());
-    let _next = mesh.add("expert", Dtype::F32, &[]).await;
+    let _next = mesh.add("expert", DTYPE, &[]).await;
     experts_serve(&mesh, 3).await;
 }
 
@@ -172,7 +164,7 @@ async fn a_node_whose_disk_is_full_joins_without_its_cache() {
 async fn a_drain_that_takes_too_long_ends_and_the_next_change_succeeds() {
     let mesh = mesh_of(1, 2).flag("--replicas", "2").start().await;
     let undisturbed = ids(&answers(&mesh).await);
-    let mut leaving = mesh.add("expert", Dtype::F32, &["--drain-max", "1"]).await;
+    let mut leaving = mesh.add("expert", DTYPE, &["--drain-max", "1"]).await;
     experts_serve(&mesh, 3).await;
     // Who would have to take over cannot.
     let experts = mesh.pids_of("expert");
@@ -182,7 +174,7 @@ async fn a_drain_that_takes_too_long_ends_and_the_next_change_succeeds() {
     send_signal("CONT", experts[1]);
     assert_eq!(ids(&answers(&mesh).await), undisturbed);
     experts_serve(&mesh, 2).await;
-    let _next = mesh.add("expert", Dtype::F32, &[]).await;
+    let _next = mesh.add("expert", DTYPE, &[]).await;
     experts_serve(&mesh, 3).await;
     assert_eq!(ids(&answers(&mesh).await), undisturbed);
 }

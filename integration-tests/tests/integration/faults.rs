@@ -1,15 +1,17 @@
 //! A data plane that loses, delays, repeats, swaps, damages and misnames frames and cuts channels: not one wrong token, not one
 //! failed request, and every fault counted under its name, where it was made and where it was refused.
 //!
-//! `MESH_FAULT_FRAMES` sets how many frames go over each transport at least: 100,000 for the long form.
+//! `MESH_FAULT_FRAMES` sets how many frames go over each transport at least: 100,000 for the long form. `MESH_TEST_MODEL` names
+//! another model than the shipped one.
 
 use std::collections::BTreeMap;
 use std::time::Instant;
 
+use integration_tests::fixture::drilled;
 use integration_tests::generation::generate;
 use integration_tests::mesh::{is_running, ucx_missing};
 use integration_tests::patience::soon;
-use integration_tests::{Mesh, MeshBuilder, Transport, ids_request};
+use integration_tests::{Dtype, Mesh, MeshBuilder, Transport, ids_request};
 use mesh_proto::v1::{GenerateRequest, NodeStatus, Sampling, StatusResponse};
 use tokio::task::JoinSet;
 
@@ -99,7 +101,7 @@ fn moved(status: &StatusResponse) -> u64 {
 }
 
 fn builder(transport: Transport) -> MeshBuilder {
-    Mesh::builder().experts(4).flag("--replicas", "2").transport(transport)
+    Mesh::builder().model(&drilled()).dtype(Dtype::Bf16).experts(4).flag("--replicas", "2").transport(transport)
 }
 
 /// What is not counted as it should be.

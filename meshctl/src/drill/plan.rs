@@ -17,9 +17,9 @@ use crate::cli::{Dtype, Transport};
 /// Largest plan file.
 pub const PLAN_BYTES_MAX: u64 = 1 << 20;
 /// Most requests of the undisturbed run.
-pub const REQUESTS_MAX: u64 = 100_000;
+pub const REQUESTS_MAX: u64 = 200_000;
 /// Most output tokens of a run: each is kept with its time, some 20 bytes.
-pub const TOKENS_MAX: u64 = 10_000_000;
+pub const TOKENS_MAX: u64 = 20_000_000;
 /// How long the undisturbed run, a request and all waits of the phases may be asked to take.
 pub const DURATION_MAX: Duration = Duration::from_secs(4 * 3600);
 /// Most nodes of a kind.
@@ -467,7 +467,7 @@ pub(super) mod tests {
             ("streams = 0\nrequests = 1", &["load.streams", "1 to 4096"]),
             ("streams = 1", &["load", "`requests`", "`duration`"]),
             ("streams = 1\nrequests = 1\nduration = 1", &["load", "one of"]),
-            ("streams = 4000\nrequests = 100000", &["load.requests", "at most 100000"]),
+            ("streams = 4000\nrequests = 200000", &["load.requests", "at most 200000"]),
             ("streams = 1\nduration = 1e9", &["load.duration", "14400"]),
             ("streams = 1\nrequests = 1\nsampled = 2", &["load.sampled"]),
         ];
@@ -484,7 +484,7 @@ pub(super) mod tests {
     #[test]
     fn runs_are_bounded_by_what_is_kept_of_them() {
         let plan = parse("[load]\nstreams = 1\nduration = 1\nprompt_tokens = 4\noutput_tokens = 1000\n").unwrap();
-        assert_eq!(plan.load.sent_max(), 10_000);
+        assert_eq!(plan.load.sent_max(), 20_000);
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("large.toml");
         std::fs::write(&path, "#".repeat(PLAN_BYTES_MAX as usize + 1)).unwrap();
