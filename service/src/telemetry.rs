@@ -42,7 +42,9 @@ impl LogArgs {
 pub fn init(filter: &str, format: LogFormat) -> Result<(), ServiceError> {
     let parsed = EnvFilter::builder().parse(filter);
     let parsed = parsed.map_err(|e| ServiceError::LogFilter { filter: filter.into(), reason: e.to_string() })?;
-    let builder = tracing_subscriber::fmt().with_env_filter(parsed).with_writer(std::io::stderr);
+    // What cannot be logged, on a full disk say, is lost: telling that on stderr too would panic whoever logs.
+    let builder =
+        tracing_subscriber::fmt().with_env_filter(parsed).with_writer(std::io::stderr).log_internal_errors(false);
     // A second subscriber in one process (several roles in one, tests) is refused by tracing, and the first is right.
     let _already_set = match format {
         LogFormat::Text => builder.with_ansi(std::io::IsTerminal::is_terminal(&std::io::stderr())).try_init(),

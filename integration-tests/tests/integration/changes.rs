@@ -151,8 +151,8 @@ async fn a_node_whose_disk_is_full_joins_without_its_cache() {
     let undisturbed = ids(&answers(&mesh).await);
     let cache = tempfile::tempdir().expect("a temporary folder");
     let dir = cache.path().to_str().expect("its path is UTF-8");
-    // No file may grow beyond 8 KiB, which the system says as it says of a full disk: by an error of the write.
-    let full = mesh.spawn_limited("expert", DTYPE, &["--cache-dir", dir], 16);
+    // No file may grow beyond 512 bytes, its log included, which the system says as it says of a full disk: by an error of the write.
+    let full = mesh.spawn_limited("expert", DTYPE, &["--cache-dir", dir], 1);
     let full = full.ready().await;
     experts_serve(&mesh, 2).await;
     assert_eq!(ids(&answers(&mesh).await), undisturbed, "{}", full.log());
