@@ -260,7 +260,10 @@ async fn what_is_asked_for_beside_the_tokens_is_given_once_and_in_order() {
         return_routing: true,
         ..request(salt, 7, 16)
     };
+    // Held in its first step until both are there: else the first could be done before the second comes.
+    rig.switch.set(|c| c.permits = Some(0));
     let (a, b) = (rig.submit(ask(1)), rig.submit(ask(2)));
+    rig.switch.set(|c| c.permits = None);
     for (stream, r) in [(a, ask(1)), (b, ask(2))] {
         let got = whole(stream).await;
         let mut tokens = r.prompt.clone();
