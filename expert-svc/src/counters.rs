@@ -157,8 +157,8 @@ impl Counters {
         self.channels.load(ORDER)
     }
 
-    /// The node's account for a heartbeat.
-    pub fn load(&self, experts_held: usize) -> v1::NodeLoad {
+    /// The node's account for a heartbeat, which holds so many experts under the view in force and has so many in memory.
+    pub fn load(&self, experts_held: usize, experts_in_memory: usize) -> v1::NodeLoad {
         let refused = Refusal::ALL.iter().map(|r| (r.name().to_owned(), self.refused(*r)));
         let mut refused: HashMap<String, u64> = refused.filter(|(_, count)| *count > 0).collect();
         for (name, count) in self.of_transport.lock().unwrap_or_else(PoisonError::into_inner).iter() {
@@ -174,6 +174,7 @@ impl Counters {
             frames_received: self.frames_received.load(ORDER),
             refused,
             experts_held: u32::try_from(experts_held).unwrap_or(u32::MAX),
+            experts_in_memory: u32::try_from(experts_in_memory).unwrap_or(u32::MAX),
             expert_rows: self.expert_rows.iter().map(|rows| rows.load(ORDER)).collect(),
             expert_bytes: self.expert_bytes,
             ..v1::NodeLoad::default()
@@ -194,13 +195,13 @@ mod tests {
             assert_eq!(why as usize, i);
             (0..=i).for_each(|_| counters.refuse(why));
         }
-        let load = counters.load(5);
+        let load = counters.load(5, 7);
         assert_eq!(load.refused.len(), Refusal::ALL.len());
         assert_eq!((load.refused["stale_view"], load.refused["protocol"]), (1, 8));
-        assert_eq!(load.experts_held, 5);
+        assert_eq!((load.experts_held, load.experts_in_memory), (5, 7));
         let (refused, injected) = (BTreeMap::from([("wrong_proof", 2)]), BTreeMap::from([("injected_drop", 3)]));
         counters.set_transport(&TransportStats { refused, injected, ..TransportStats::default() });
-        let refused = counters.load(5).refused;
+        let refused = counters.load(5, 7).refused;
         assert_eq!((refused["wrong_proof"], refused["injected_drop"]), (2, 3));
     }
 }

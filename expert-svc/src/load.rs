@@ -1,8 +1,8 @@
 //! From the checkpoint to packed experts. An expert that is held already is shared, never read twice.
 
 use std::io::IsTerminal;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 
 use indicatif::{ProgressBar, ProgressStyle};
 use mesh_core::view::View;
@@ -21,6 +21,8 @@ pub struct Loader {
     packer: Packer,
     shape: ExpertShape,
     capacity_bytes: u64,
+    /// All that was packed and is still held by some table.
+    packed: Mutex<Vec<Weak<Ffn>>>,
 }
 
 impl Loader {
@@ -32,7 +34,7 @@ impl Loader {
             experts: config.moe.experts,
             row_bytes: config.hidden * packer.compute().dtype().bytes(),
         };
-        Self { checkpoint, packer, shape, capacity_bytes }
+        Self { checkpoint, packer, shape, capacity_bytes, packed: Mutex::default() }
     }
 
     /// What frames are measured by.
@@ -78,7 +80,9 @@ impl Loader {
                 return Err(LoadError::Abandoned);
             }
             let ffn = self.pack(layer, expert).map_err(|source| LoadError::Expert { layer, expert, source })?;
-            ffns[index] = Some(Arc::new(ffn));
+            let ffn = Arc::new(ffn);
+            self.packed().push(Arc::downgrade(&ffn));
+            ffns[index] = Some(ffn);
             progress.step();
         }
         Ok(ExpertTable::new(view, ffns))
@@ -107,6 +111,18 @@ impl Loader {
     /// Bytes of one expert in the compute dtype.
     pub fn expert_bytes(&self) -> u64 {
         3 * (self.checkpoint.config().moe.intermediate as u64) * self.shape.row_bytes as u64
+    }
+
+    /// Experts in memory, whichever view they are held for.
+    pub fn in_memory(&self) -> usize {
+        let mut packed = self.packed();
+        packed.retain(|ffn| ffn.strong_count() > 0);
+        packed.len()
+    }
+
+    fn packed(&self) -> MutexGuard<'_, Vec<Weak<Ffn>>> {
+        // A push or a retain that panics leaves a list that is whole.
+        self.packed.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     fn pack(&self, layer: LayerId, expert: ExpertId) -> Result<Ffn, ModelError> {

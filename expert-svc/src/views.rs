@@ -111,6 +111,6 @@ impl ViewTarget for ExpertViews {
 
     fn load(&self) -> v1::NodeLoad {
         let held = self.tables.served().current.map_or(0, |t| t.held());
-        self.counters.load(held)
+        self.counters.load(held, self.loader.in_memory())
     }
 }

@@ -92,6 +92,7 @@ fn load_json(l: &NodeLoad) -> Value {
         "dispatch_bytes": l.dispatch_bytes, "combine_bytes": l.combine_bytes,
         "frames_sent": l.frames_sent, "frames_received": l.frames_received,
         "refused": l.refused, "experts_held": l.experts_held,
+        "experts_in_memory": l.experts_in_memory,
         "uptime_ns": l.uptime_ns, "busy_ns": l.busy_ns, "parts": l.parts.iter().map(part_json).collect::<Vec<_>>(),
     })
 }

@@ -221,9 +221,12 @@ fn a_change_loads_what_is_new_shares_what_stays_and_frees_what_goes() {
     assert!(after.get(index(0)).is_none() && after.get(index(5)).is_some());
     let leaving = Arc::downgrade(before.get(index(0)).unwrap());
     drop(before);
+    let told = |rig: &Rig| (rig.load().experts_held, rig.load().experts_in_memory);
     assert!(leaving.upgrade().is_some(), "the view before lingers");
+    assert_eq!(told(&rig), (16, 24), "two experts more in each of four layers");
     tables.expire(ViewId(1));
     assert!(leaving.upgrade().is_none());
+    assert_eq!(told(&rig), (16, 16));
 }
 
 #[test]
@@ -354,7 +357,7 @@ fn on_its_own_thread_it_wakes_for_frames_and_stops_when_told() {
     assert!(matches!(&events[..], [Event::Frame { header, .. }] if header.kind == frame::Kind::Combine), "{events:?}");
     handle.stop().unwrap();
     told.recv_timeout(Duration::from_secs(30)).unwrap();
-    let load = counters.load(0);
+    let load = counters.load(0, 0);
     let parts: u64 = load.parts.iter().map(|p| p.ns).sum();
     assert!(parts > 0 && parts == load.busy_ns && load.busy_ns < load.uptime_ns, "{load:?}");
 }

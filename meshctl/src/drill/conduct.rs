@@ -299,12 +299,12 @@ impl<'a, S: Fn(&str)> Conductor<'a, S> {
     }
 }
 
-/// Bytes of experts that each process holds, as nodes told the router last.
+/// Bytes of experts in each process's memory, as nodes told the router last.
 async fn held(grpc: &str) -> Option<BTreeMap<u32, u64>> {
     let status = Client::connect(grpc).await.ok()?.status().await.ok()?;
     let held = |node: &NodeStatus| {
         let load = node.load.as_ref()?;
-        Some((node.pid, u64::from(load.experts_held).saturating_mul(load.expert_bytes)))
+        Some((node.pid, u64::from(load.experts_in_memory).saturating_mul(load.expert_bytes)))
     };
     Some(status.nodes.iter().filter_map(held).collect())
 }

@@ -19,7 +19,7 @@ pub struct Sample {
     pub at: Duration,
     /// Resident memory, bytes.
     pub resident: u64,
-    /// Bytes of experts that it holds: they come and go with the view.
+    /// Bytes of experts in its memory: they come and go with views.
     pub experts: u64,
     /// Open files, sockets included.
     pub handles: u64,
@@ -49,7 +49,7 @@ impl Watch {
         at >= self.next
     }
 
-    /// Takes a sample of each process: name, pid, and bytes of the experts that it holds.
+    /// Takes a sample of each process: name, pid, and bytes of the experts in its memory.
     pub fn look<'a>(&mut self, at: Duration, processes: impl Iterator<Item = (&'a str, u32, u64)>) {
         self.next = at + EVERY;
         for (who, pid, experts) in processes {
@@ -94,7 +94,7 @@ pub struct Usage {
     pub resident_settled: u64,
     /// In the end.
     pub resident_end: u64,
-    /// Bytes of experts that it held when it had settled.
+    /// Bytes of experts in its memory when it had settled.
     pub experts_settled: u64,
     /// In the end.
     pub experts_end: u64,
@@ -105,7 +105,7 @@ pub struct Usage {
 }
 
 impl Usage {
-    /// What memory grew by, beside the experts that the view gave or took, as a share of all that it was; below 0 if it shrank.
+    /// What memory grew by, beside the experts that views gave or took, as a share of all that it was; below 0 if it shrank.
     pub fn growth(&self) -> f64 {
         let (resident, experts) = (
             self.resident_end as f64 - self.resident_settled as f64,

@@ -381,6 +381,10 @@ pub struct NodeLoad {
     /// Bytes of one routed expert as held.
     #[prost(uint64, tag = "24")]
     pub expert_bytes: u64,
+    /// Experts in this expert node's memory: beside those of the view in force, those of the view that it replaced, as long as
+    /// that is served, and those of a view that is being prepared.
+    #[prost(uint32, tag = "25")]
+    pub experts_in_memory: u32,
 }
 /// Answers of one expert slot to one attention node.
 #[derive(Clone, Copy, PartialEq, ::prost::Message)]
