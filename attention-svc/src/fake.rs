@@ -10,7 +10,7 @@ use mesh_core::{LayerId, Slot, ViewId};
 use mesh_transport::{Transport, Wake};
 
 use crate::engine::ModelRunner;
-use crate::runner::{RunError, RunnerCounters, Step, StepOutput};
+use crate::runner::{ComingView, Outside, RunError, RunnerCounters, Step, StepOutput};
 
 /// Tokens in a page of the fake cache.
 pub const PAGE: u32 = 4;
@@ -152,17 +152,17 @@ impl Wake for Switch {
 pub struct FakeRunner {
     model: FakeModel,
     switch: Arc<Switch>,
-    lost: Vec<(Slot, String)>,
+    outside: Outside,
     counters: Arc<RunnerCounters>,
 }
 
 impl FakeRunner {
     /// One that serves, and what it is controlled by.
-    pub fn new(pages: u32) -> (Self, Arc<Switch>) {
+    pub fn new(pages: u32, outside: Outside) -> (Self, Arc<Switch>) {
         let switch = Arc::new(Switch::default());
         switch.set(|c| c.serving = true);
         let (model, counters) = (FakeModel::new(pages), Arc::default());
-        (Self { model, switch: switch.clone(), lost: vec![], counters }, switch)
+        (Self { model, switch: switch.clone(), outside, counters }, switch)
     }
 }
 
@@ -175,7 +175,7 @@ impl ModelRunner for FakeRunner {
         controls.permits.iter_mut().for_each(|p| *p -= 1);
         if let Some(error) = controls.failures.pop() {
             if let RunError::NodeLost { slot, what, .. } = &error {
-                self.lost.push((*slot, what.clone()));
+                self.outside.tell(ViewId(0), *slot, what.clone());
             }
             return Err(error);
         }
@@ -225,7 +225,7 @@ impl ModelRunner for FakeRunner {
         self.counters.clone()
     }
 
-    fn take_lost(&mut self) -> Vec<(Slot, String)> {
-        std::mem::take(&mut self.lost)
+    fn coming(&self) -> Arc<ComingView> {
+        self.outside.coming.clone()
     }
 }

@@ -26,7 +26,7 @@ use crate::engine::{self, Engine, EngineHandle, EngineOptions};
 use crate::error::AttentionError;
 use crate::load;
 use crate::request::RequestBounds;
-use crate::runner::{Runner, RunnerOptions, Trunk};
+use crate::runner::{Outside, Runner, RunnerOptions, Trunk};
 use crate::service::AttentionService;
 use crate::views::AttentionViews;
 
@@ -43,6 +43,8 @@ pub struct AttentionNode {
     spec: NodeSpec,
     registration: Registration,
     engine: Engine,
+    /// What the engine saw of expert nodes.
+    evidence: mpsc::Receiver<Evidence>,
     views: Arc<AttentionViews>,
     service: AttentionService,
     listener: TcpListener,
@@ -94,7 +96,8 @@ impl AttentionNode {
         let spec = spec(&config, &opened, &addr, kind);
         let registration = register(&spec, config.register_for).await?;
         let transport = transport(&config, &registration, &spec)?;
-        let runner = runner(&config, opened.trunk, opened.compute, transport, registration.slot, kv_pages)?;
+        let (outside, evidence) = Outside::new();
+        let runner = runner(&config, opened.trunk, opened.compute, transport, registration.slot, kv_pages, outside)?;
         let counters = runner.counters();
         let options = EngineOptions {
             limits: config.limits,
@@ -109,7 +112,7 @@ impl AttentionNode {
         let views = Arc::new(AttentionViews::new(engine.handle.clone(), counters, moe_layers, experts));
         let service = AttentionService::new(engine.handle.clone(), opened.tokenizer, bounds, registration.slot);
         tracing::info!(slot = registration.slot.0, %bound, %addr, kv_pages, "attention node up");
-        Ok(Self { config, spec, registration, engine, views, service, listener, addr })
+        Ok(Self { config, spec, registration, engine, evidence, views, service, listener, addr })
     }
 
     /// The node's identity.
@@ -138,12 +141,12 @@ impl AttentionNode {
     /// # Errors
     /// [`AttentionError`] when the router cannot be had again, the server fails or the engine dies.
     pub async fn serve(self, shutdown: CancellationToken) -> Result<(), AttentionError> {
-        let Self { config, spec, registration, engine, views, service, listener, .. } = self;
-        let Engine { handle, lost, mut ended } = engine;
+        let Self { config, spec, registration, engine, evidence, views, service, listener, .. } = self;
+        let Engine { handle, mut ended } = engine;
         let closing = CancellationToken::new();
         let mut server = tokio::spawn(serve_grpc(service.clone(), listener, &config, closing.clone()));
         let membership = Membership { config: &config, spec: &spec, engine: &handle, views, service: &service };
-        let lease = membership.keep(registration, lost, shutdown);
+        let lease = membership.keep(registration, evidence, shutdown);
         let outcome = tokio::select! {
             left = lease => left,
             _ = &mut ended => Err(AttentionError::EngineDied),
@@ -181,13 +184,13 @@ impl Membership<'_> {
     async fn keep(
         self,
         mut registration: Registration,
-        mut lost: mpsc::Receiver<Evidence>,
+        mut evidence: mpsc::Receiver<Evidence>,
         shutdown: CancellationToken,
     ) -> Result<(), AttentionError> {
         let Self { config, spec, engine, views, service } = self;
         loop {
             let anew = NodeSpec { slot: SlotWish::Rather(registration.slot), ..spec.clone() };
-            let left = registration.run(views.clone(), &mut lost, shutdown.clone(), config.drain_max).await;
+            let left = registration.run(views.clone(), &mut evidence, shutdown.clone(), config.drain_max).await;
             match left {
                 Err(error) if error.may_rejoin() => {
                     tracing::warn!(%error, "membership lost; registering again");
@@ -302,6 +305,7 @@ fn runner(
     transport: Box<dyn Transport>,
     slot: Slot,
     kv_pages: u32,
+    outside: Outside,
 ) -> Result<Runner, AttentionError> {
     let options = RunnerOptions {
         slot,
@@ -313,7 +317,7 @@ fn runner(
         connect_max: config.connect_max,
         body_bytes_max: config.transport_limits.body_bytes_max,
     };
-    Ok(Runner::new(trunk, compute, transport, options)?)
+    Ok(Runner::new(trunk, compute, transport, options, outside)?)
 }
 
 fn serve_grpc(

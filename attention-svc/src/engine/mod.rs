@@ -20,22 +20,19 @@ use std::time::{Duration, Instant};
 use mesh_core::view::View;
 use mesh_core::{LayerId, Slot, ViewId};
 use mesh_proto::{Code, MeshError};
-use mesh_service::membership::Evidence;
 use mesh_transport::{Transport, Wake};
 use tokio::sync::{mpsc, oneshot};
 
 use crate::kv_blocks::KvBlocks;
 use crate::output::Detokenize;
 use crate::request::Request;
-use crate::runner::{RunError, Runner, RunnerCounters, Step, StepOutput};
+use crate::runner::{ComingView, RunError, Runner, RunnerCounters, Step, StepOutput};
 use crate::sampling::Scored;
 use crate::scheduler::{Scheduler, SchedulerLimits};
 use worker::Worker;
 
 /// Commands that wait for the engine's next step.
 const COMMANDS_MAX: usize = 1024;
-/// Lost nodes that wait to be reported.
-const LOST_MAX: usize = 64;
 
 /// What the engine needs of the model. [`crate::runner::Runner`] is the real one.
 pub trait ModelRunner: Send + 'static {
@@ -68,8 +65,8 @@ pub trait ModelRunner: Send + 'static {
     fn waker(&self) -> Arc<dyn Wake>;
     /// What it counts; the engine adds where its own time goes.
     fn counters(&self) -> Arc<RunnerCounters>;
-    /// Expert nodes seen lost since the last call.
-    fn take_lost(&mut self) -> Vec<(Slot, String)>;
+    /// Where steps that wait see the view to come.
+    fn coming(&self) -> Arc<ComingView>;
 }
 
 impl ModelRunner for Runner {
@@ -112,8 +109,8 @@ impl ModelRunner for Runner {
         Runner::counters(self)
     }
 
-    fn take_lost(&mut self) -> Vec<(Slot, String)> {
-        Runner::take_lost(self)
+    fn coming(&self) -> Arc<ComingView> {
+        Runner::coming(self)
     }
 }
 
@@ -257,8 +254,6 @@ impl Wake for EngineWaker {
 pub struct Engine {
     /// How it is spoken to.
     pub handle: EngineHandle,
-    /// Expert nodes that it lost; those that find the queue full are logged only.
-    pub lost: mpsc::Receiver<Evidence>,
     /// Completes when its thread has ended; with an error when by a panic.
     pub ended: oneshot::Receiver<()>,
 }
@@ -269,20 +264,19 @@ pub struct Engine {
 /// The operating system's, when it gives no thread.
 pub fn start(runner: impl ModelRunner, options: EngineOptions) -> std::io::Result<Engine> {
     let (commands, inbox) = mpsc::channel(COMMANDS_MAX);
-    let (lost_tx, lost) = mpsc::channel(LOST_MAX);
     let (ended_tx, ended) = oneshot::channel();
     let shared = Arc::new(Shared::default());
     let waker = Arc::new(EngineWaker(RwLock::new(runner.waker())));
-    let handle = EngineHandle { commands, waker, shared: shared.clone() };
+    let handle = EngineHandle { commands, waker, coming: runner.coming(), shared: shared.clone() };
     let kv = KvBlocks::new(options.kv_pages, options.page_tokens);
     let scheduler = Scheduler::new(options.limits, kv);
-    let worker = Worker::new(runner, scheduler, options, inbox, lost_tx, shared);
+    let worker = Worker::new(runner, scheduler, options, inbox, shared);
     std::thread::Builder::new().name("engine".into()).spawn(move || {
         worker.run();
         // Nobody may wait for the end any more.
         let _unheard = ended_tx.send(());
     })?;
-    Ok(Engine { handle, lost, ended })
+    Ok(Engine { handle, ended })
 }
 
 /// Speaks to the engine from any thread. Cheap to clone.
@@ -290,6 +284,7 @@ pub fn start(runner: impl ModelRunner, options: EngineOptions) -> std::io::Resul
 pub struct EngineHandle {
     commands: mpsc::Sender<Command>,
     waker: Arc<EngineWaker>,
+    coming: Arc<ComingView>,
     shared: Arc<Shared>,
 }
 
@@ -318,6 +313,8 @@ impl EngineHandle {
     /// # Errors
     /// Why not, for the router.
     pub async fn prepare_view(&self, view: Arc<View>) -> Result<(), String> {
+        // Before the engine can take it up: a step may wait for a node that the view is without.
+        self.coming.set(view.clone());
         self.order(|done| Command::Prepare(view, done)).await
     }
 
@@ -354,6 +351,7 @@ impl EngineHandle {
 
     /// Forgets the prepared view; never blocks.
     pub fn abandon_view(&self, id: ViewId) {
+        self.coming.forget(id);
         self.shared.abandoned.fetch_max(id.0, Ordering::SeqCst);
         self.waker.wake();
     }

@@ -1,10 +1,12 @@
 //! The engine with a model that checks every page, held and failed at will.
 
 use mesh_core::NodeId;
+use mesh_service::membership::Evidence;
 
 use super::*;
 use crate::fake::{FakeRunner, PAGE, Switch, VOCAB, lone_logits};
 use crate::output::DetokenizeError;
+use crate::runner::Outside;
 use crate::sampling::{Occurrences, Sampler, Sampling, logprobs};
 
 /// Longer than any of these waits takes on the slowest machine.
@@ -29,6 +31,7 @@ fn letter(token: u32) -> char {
 
 struct Rig {
     engine: Engine,
+    lost: mpsc::Receiver<Evidence>,
     switch: Arc<Switch>,
     counted: Arc<RunnerCounters>,
 }
@@ -42,9 +45,10 @@ fn options() -> EngineOptions {
 
 impl Rig {
     fn new(options: EngineOptions) -> Self {
-        let (runner, switch) = FakeRunner::new(options.kv_pages);
+        let (outside, lost) = Outside::new();
+        let (runner, switch) = FakeRunner::new(options.kv_pages, outside);
         let counted = runner.counters();
-        Self { engine: start(runner, options).unwrap(), switch, counted }
+        Self { engine: start(runner, options).unwrap(), lost, switch, counted }
     }
 
     fn submit(&self, request: Request) -> Generation {
@@ -351,7 +355,7 @@ async fn a_lost_node_ends_the_steps_requests_with_its_name_and_is_reported() {
     let got = whole(rig.submit(request(1, 3, 4))).await;
     let error = got.error.unwrap();
     assert_eq!((error.code, error.node.as_str()), (Code::NodeLost, "node-77"));
-    let seen = tokio::time::timeout(PATIENCE, rig.engine.lost.recv()).await.unwrap().unwrap();
+    let seen = tokio::time::timeout(PATIENCE, rig.lost.recv()).await.unwrap().unwrap();
     assert_eq!((seen.expert_slot, seen.what.as_str()), (Slot(3), "closed"));
     assert_eq!(whole(rig.submit(request(2, 3, 4))).await.ids(), lone(&request(2, 3, 4)), "the engine goes on");
     rig.assert_nothing_held().await;

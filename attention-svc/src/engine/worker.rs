@@ -8,7 +8,6 @@ use std::time::{Duration, Instant};
 use mesh_core::ViewId;
 use mesh_core::routing::RoutingError;
 use mesh_proto::{Code, MeshError};
-use mesh_service::membership::Evidence;
 use tokio::sync::mpsc;
 
 use super::active::Active;
@@ -31,7 +30,6 @@ pub(super) struct Worker<R> {
     active: BTreeMap<SequenceId, Active>,
     sampler: Sampler,
     commands: mpsc::Receiver<Command>,
-    lost: mpsc::Sender<Evidence>,
     shared: Arc<Shared>,
     /// The runner's, for where the time goes.
     counted: Arc<RunnerCounters>,
@@ -48,7 +46,6 @@ impl<R: ModelRunner> Worker<R> {
         scheduler: Scheduler,
         options: EngineOptions,
         commands: mpsc::Receiver<Command>,
-        lost: mpsc::Sender<Evidence>,
         shared: Arc<Shared>,
     ) -> Self {
         let (active, sampler, counted) = (BTreeMap::new(), Sampler::default(), runner.counters());
@@ -59,7 +56,6 @@ impl<R: ModelRunner> Worker<R> {
             active,
             sampler,
             commands,
-            lost,
             shared,
             counted,
             view: ViewId::default(),
@@ -82,7 +78,6 @@ impl<R: ModelRunner> Worker<R> {
             } else {
                 self.step();
             }
-            self.report_lost();
         }
         for id in self.active.keys().copied().collect::<Vec<_>>() {
             self.end(id, stopped());
@@ -292,16 +287,6 @@ impl<R: ModelRunner> Worker<R> {
         if let Some((_, error)) = self.failing.take() {
             for id in self.active.keys().copied().collect::<Vec<_>>() {
                 self.end(id, error.clone());
-            }
-        }
-    }
-
-    fn report_lost(&mut self) {
-        for (slot, what) in self.runner.take_lost() {
-            tracing::warn!(slot = slot.0, view = self.view.0, %what, "expert node lost");
-            let seen = Evidence { view: self.view, expert_slot: slot, what };
-            if self.lost.try_send(seen).is_err() {
-                tracing::warn!(slot = slot.0, "the router is not told: too many reports wait");
             }
         }
     }

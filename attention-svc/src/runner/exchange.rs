@@ -19,6 +19,7 @@ use mesh_transport::{ChannelId, Event, Transport, TransportError};
 
 use super::counters::RunnerCounters;
 use super::error::RunError;
+use super::outside::Outside;
 use super::peers::{self, Peers, Unanswered};
 
 /// The bounds of an exchange.
@@ -26,7 +27,8 @@ use super::peers::{self, Peers, Unanswered};
 pub struct ExchangeLimits {
     /// Exchanges in flight at once.
     pub lanes: u16,
-    /// How long an answer may take before its node counts as silent, however slow answers were before.
+    /// How long an answer may take before the router is asked about its node, and before that counts as silent, however slow
+    /// answers were before.
     pub silence_min: Duration,
     /// How long an answer may take at all.
     pub answer_max: Duration,
@@ -69,6 +71,8 @@ struct Sent {
     work: f64,
     /// Bytes that its answer must have.
     answer_bytes: usize,
+    /// When the router was told last that its answer is late.
+    told: Option<Instant>,
     /// Its node refused it.
     refused: Option<AbortReason>,
     answer: Option<FrameBuf>,
@@ -103,8 +107,7 @@ pub(super) struct Exchange {
     /// By lane, by position in the dispatch.
     sent: Vec<Vec<Sent>>,
     events: Vec<Event>,
-    /// Nodes lost since the last [`Exchange::take_lost`].
-    lost: Vec<(Slot, String)>,
+    outside: Outside,
     /// Whether a channel closed since the last [`Exchange::take_closed`].
     closed: bool,
     counters: Arc<RunnerCounters>,
@@ -116,6 +119,7 @@ impl Exchange {
         slot: Slot,
         limits: ExchangeLimits,
         counters: Arc<RunnerCounters>,
+        outside: Outside,
     ) -> Self {
         counters.set_lanes(limits.lanes.into(), limits.lanes.into());
         Self {
@@ -130,10 +134,14 @@ impl Exchange {
             health: Peers::new(limits.silence_min, limits.answer_max),
             sent: (0..limits.lanes).map(|_| Vec::new()).collect(),
             events: Vec::new(),
-            lost: Vec::new(),
+            outside,
             closed: false,
             counters,
         }
+    }
+
+    pub fn outside(&self) -> &Outside {
+        &self.outside
     }
 
     pub fn transport(&self) -> &dyn Transport {
@@ -321,7 +329,8 @@ impl Exchange {
     ) -> Result<(), RunError> {
         for (index, (Owed { slot, seq, pairs }, work)) in owed.iter().enumerate().map(|(i, o)| (first + i, *o)) {
             let (at, answer_bytes) = (Instant::now(), pairs as usize * of.row_bytes);
-            self.sent[of.lane.index()].push(Sent { slot, seq, at, work, answer_bytes, refused: None, answer: None });
+            let sent = Sent { slot, seq, at, work, answer_bytes, told: None, refused: None, answer: None };
+            self.sent[of.lane.index()].push(sent);
             self.send_chunk(of, index, seq, &plan.destinations()[of.chunks[index].destination], rows)?;
         }
         Ok(())
@@ -406,6 +415,7 @@ impl Exchange {
                 return Ok(());
             }
             let now = Instant::now();
+            self.tell_of_late(of.lane, now);
             if let Some((index, why)) = self.unanswerable(of, now) {
                 of.replays += 1;
                 // Who serves another view will not be alone with that: the next step is under the new one.
@@ -419,7 +429,9 @@ impl Exchange {
             if now >= of.until {
                 return Err(self.silent(of.lane));
             }
-            let awaited = self.awaited(of.lane).map(|i| self.silent_from(&self.sent[of.lane.index()][i], now)).min();
+            let sent = &self.sent[of.lane.index()];
+            let next = |s: &Sent| self.late_from(s).min(self.silent_from(s, now));
+            let awaited = self.awaited(of.lane).map(|i| next(&sent[i])).min();
             let until = awaited.map_or(of.until, |at| at.min(of.until));
             self.transport.wait(until);
         }
@@ -429,6 +441,20 @@ impl Exchange {
     fn awaited(&self, lane: Lane) -> impl Iterator<Item = usize> + '_ {
         let sent = &self.sent[lane.index()];
         self.lanes.missing(lane).filter_map(|o| sent.iter().position(|s| s.slot == o.slot && s.seq == o.seq))
+    }
+
+    /// Tells the router of frames whose answer is late, again and again. It asks the nodes, which costs little, and strikes out
+    /// those that are gone; how long this node waits for an answer is another matter.
+    fn tell_of_late(&mut self, lane: Lane, now: Instant) {
+        let Some(view) = self.view.as_ref().map(|v| v.id) else { return };
+        let late = |i: &usize| now >= self.late_from(&self.sent[lane.index()][*i]);
+        let late: Vec<usize> = self.awaited(lane).filter(late).collect();
+        for index in late {
+            let sent = &mut self.sent[lane.index()][index];
+            sent.told = Some(now);
+            let waited = now.saturating_duration_since(sent.at);
+            self.outside.tell(view, sent.slot, format!("no answer for {waited:?}"));
+        }
     }
 
     /// A frame that will not be answered, or not in time, and the error to give if nobody else can be asked.
@@ -446,16 +472,22 @@ impl Exchange {
             }
             let waited = now.saturating_duration_since(sent.at);
             let silent = now >= self.silent_from(sent, now);
-            silent.then(|| (index, RunError::Silent { slots: vec![slot], waited }))
+            // The router has struck out who was late: the view that waits for this step to end is without it.
+            let struck_out = sent.told.is_some() && self.outside.coming.is_without(node, of.view.id);
+            (silent || struck_out).then(|| (index, RunError::Silent { slots: vec![slot], waited }))
         });
         let (index, error) = found?;
         if let RunError::Silent { waited, .. } = &error {
             let Sent { slot, seq, at, work, .. } = self.sent[of.lane.index()][index];
             tracing::warn!(%slot, ?waited, "an expert node is silent");
             self.health.silent(slot, Unanswered { seq, sent: at, units: work }, now);
-            self.lost.push((slot, format!("no answer within {waited:?}")));
         }
         Some((index, error))
+    }
+
+    /// From when on the router is to be told of a frame without an answer.
+    fn late_from(&self, sent: &Sent) -> Instant {
+        sent.told.unwrap_or(sent.at) + self.limits.silence_min
     }
 
     /// From when on a frame without an answer means that its node is silent.
@@ -497,12 +529,10 @@ impl Exchange {
         self.send_chunks(of, first_new, &owed, plan, rows)
     }
 
-    fn silent(&mut self, lane: Lane) -> RunError {
+    fn silent(&self, lane: Lane) -> RunError {
         let waited = self.limits.answer_max;
         let mut slots: Vec<Slot> = self.lanes.missing(lane).map(|o| o.slot).collect();
         slots.dedup();
-        let what = format!("no answer within {waited:?}");
-        self.lost.extend(slots.iter().map(|s| (*s, what.clone())));
         RunError::Silent { slots, waited }
     }
 
@@ -603,7 +633,9 @@ impl Exchange {
         tracing::warn!(%slot, %node, error = what, "lost an expert node's channel");
         if self.nodes.get(slot.index()).copied().flatten() == Some(node) {
             self.health.set_connected(slot, false);
-            self.lost.push((slot, what.to_owned()));
+            if let Some(view) = &self.view {
+                self.outside.tell(view.id, slot, what.to_owned());
+            }
             self.closed = true;
         }
     }
@@ -621,11 +653,6 @@ impl Exchange {
     /// Whether a channel of the committed view closed since the last call.
     pub fn take_closed(&mut self) -> bool {
         std::mem::take(&mut self.closed)
-    }
-
-    /// What was seen of nodes lost since the last call.
-    pub fn take_lost(&mut self) -> Vec<(Slot, String)> {
-        std::mem::take(&mut self.lost)
     }
 }
 

@@ -7,6 +7,7 @@ mod counters;
 mod error;
 mod exchange;
 mod forward;
+mod outside;
 mod peers;
 #[cfg(test)]
 mod tests;
@@ -15,6 +16,7 @@ mod weights;
 pub use counters::{RunnerCounters, RunnerReading, StepPart};
 pub use error::RunError;
 pub use exchange::ExchangeLimits;
+pub use outside::{ComingView, Outside};
 pub use weights::Trunk;
 
 use std::sync::Arc;
@@ -77,7 +79,8 @@ pub struct RunnerOptions {
     pub micro_batches: u16,
     /// Rows below which a micro-batch is not cut further: each one reads the weights again.
     pub micro_batch_rows_min: usize,
-    /// How long an expert node's answer may take before rows are sent to another holder, however slow answers are.
+    /// How long an expert node's answer may take before the router is asked about it, and before rows are sent to another
+    /// holder, however slow answers are.
     pub silence_min: Duration,
     /// How long an expert node's answer may take at all.
     pub answer_max: Duration,
@@ -114,6 +117,7 @@ impl Runner {
         compute: Arc<dyn Compute>,
         transport: Box<dyn Transport>,
         options: RunnerOptions,
+        outside: Outside,
     ) -> Result<Self, RunError> {
         let config = trunk.config();
         let answer_bytes = config.moe.top_k * config.hidden * compute.dtype().bytes();
@@ -132,7 +136,7 @@ impl Runner {
         Ok(Self {
             kv: compute.kv_cache(shape),
             batches: batches.collect::<Result<_, _>>()?,
-            exchange: Exchange::new(transport, options.slot, limits, counters.clone()),
+            exchange: Exchange::new(transport, options.slot, limits, counters.clone(), outside),
             trunk,
             compute,
             options,
@@ -151,7 +155,8 @@ impl Runner {
     pub fn rejoin(&mut self, transport: Box<dyn Transport>, slot: Slot) {
         self.options.slot = slot;
         let limits = limits(&self.options);
-        self.exchange = Exchange::new(transport, slot, limits, self.counters.clone());
+        let outside = self.exchange.outside().clone();
+        self.exchange = Exchange::new(transport, slot, limits, self.counters.clone(), outside);
     }
 
     /// The model's shape.
@@ -274,14 +279,14 @@ impl Runner {
         self.exchange.transport().waker()
     }
 
+    /// The view to come, as steps that wait see it.
+    pub fn coming(&self) -> Arc<ComingView> {
+        self.exchange.outside().coming.clone()
+    }
+
     /// The runner's counters.
     pub fn counters(&self) -> Arc<RunnerCounters> {
         self.counters.clone()
-    }
-
-    /// Expert nodes seen lost or silent since the last call, and what was seen: evidence for the router.
-    pub fn take_lost(&mut self) -> Vec<(Slot, String)> {
-        self.exchange.take_lost()
     }
 }
 

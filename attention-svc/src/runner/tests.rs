@@ -12,15 +12,21 @@ use mesh_kernels::cpu::{Cpu, CpuOptions};
 use mesh_kernels::packed::Packer;
 use mesh_kernels::{Dtype, Ffn, FfnGroup, KV_PAGE_TOKENS};
 use mesh_model::Checkpoint;
+use mesh_service::membership::Evidence;
 use mesh_transport::buffer::{FrameBuf, Window};
 use mesh_transport::frame::{AbortReason, DispatchBody, FrameHeader};
 use mesh_transport::{ChannelId, Event, Identity, TransportError, TransportKind, TransportStats};
+use tokio::sync::mpsc;
+
+/// How long a slow stand-in takes.
+const SLOW: Duration = Duration::from_millis(300);
 
 /// What the stand-in does to the next answers.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Fault {
     None,
     Silent,
+    Slow,
     Abort,
     Close,
     Twice,
@@ -81,6 +87,7 @@ impl Transport for Experts {
         let fault = *self.fault.lock().unwrap();
         match if self.one_faulty && channel != ChannelId(1) { Fault::None } else { fault } {
             Fault::Silent => return Ok(()),
+            Fault::Slow => std::thread::sleep(SLOW),
             Fault::Abort => header = header.abort(Slot(0), AbortReason::ExpertNotHeld),
             Fault::Close => {
                 let error = TransportError::NoChannel { channel };
@@ -133,6 +140,7 @@ impl Transport for Experts {
 
 struct Rig {
     runner: Runner,
+    told: mpsc::Receiver<Evidence>,
     fault: Arc<std::sync::Mutex<Fault>>,
     window: Arc<Window>,
 }
@@ -181,14 +189,20 @@ fn rig_with(dir: PathBuf, dtype: Dtype, experts: u16, replicas: usize, body_byte
         micro_batches: 3,
         micro_batch_rows_min: 4,
         silence_min: Duration::from_millis(100),
-        answer_max: Duration::from_millis(200),
+        answer_max: Duration::from_secs(20),
         connect_max: Duration::from_secs(1),
         body_bytes_max,
     };
-    let mut runner = Runner::new(trunk, compute, Box::new(transport), options).unwrap();
+    let (outside, told) = Outside::new();
+    let mut runner = Runner::new(trunk, compute, Box::new(transport), options, outside).unwrap();
     runner.prepare_view(Arc::new(view)).unwrap();
     runner.commit_view(ViewId(3)).unwrap();
-    Rig { runner, fault, window }
+    Rig { runner, told, fault, window }
+}
+
+/// What the router was told since the last time.
+fn told(rig: &mut Rig) -> Vec<Evidence> {
+    std::iter::from_fn(|| rig.told.try_recv().ok()).collect()
 }
 
 /// Logits of the last of `ids`, computed `chunk` tokens at a time from an empty cache.
@@ -275,7 +289,7 @@ fn a_node_that_is_silent_gone_or_refuses_is_named_and_the_runner_goes_on() {
 
     *rig.fault.lock().unwrap() = Fault::Silent;
     assert!(matches!(rig.runner.step(&step), Err(RunError::Silent { slots, .. }) if slots == [Slot(0)]));
-    assert_eq!(rig.runner.take_lost().len(), 1);
+    assert_eq!(told(&mut rig).len(), 1);
     assert!(!rig.runner.serving(), "who was silent is not asked again at once");
     *rig.fault.lock().unwrap() = Fault::Abort;
     let patience = Instant::now() + Duration::from_secs(5);
@@ -320,11 +334,40 @@ fn what_a_node_owes_when_it_fails_another_holder_computes_with_the_same_bits() {
             let read = rig.runner.counters().read();
             assert!(read.replayed > 0 && read.lanes_free == read.lanes_total, "{fault:?}: {read:?}");
             assert_eq!(rig.window.in_use(), 0, "{fault:?}");
-            let lost = rig.runner.take_lost();
+            let lost = told(&mut rig);
             assert_eq!(lost.is_empty(), matches!(fault, Fault::Abort), "{fault:?}: {lost:?}");
-            assert!(lost.iter().all(|(slot, _)| *slot == Slot(0)), "{lost:?}");
+            assert!(lost.iter().all(|seen| seen.expert_slot == Slot(0)), "{lost:?}");
         }
     }
+}
+
+#[test]
+fn a_slow_node_is_waited_for_until_a_view_comes_without_it() {
+    let mut rig = rig(fixture("tiny-moe"), Dtype::F32, 1, 1 << 20);
+    let rows = vec![StepRow { sequence: 0, token: 4, position: 0, logits: true }];
+    let step = Step { sequences: vec![&[0]], rows, routing: false };
+    *rig.fault.lock().unwrap() = Fault::Slow;
+    rig.runner.step(&step).unwrap();
+    *rig.fault.lock().unwrap() = Fault::Silent;
+    let waited = |rig: &mut Rig| match rig.runner.step(&step) {
+        Err(RunError::Silent { waited, .. }) => waited,
+        other => panic!("{other:?}"),
+    };
+    // As slow answers have been, four times as long is silence; the router hears of it long before.
+    let coming = rig.runner.coming();
+    let others = View { id: ViewId(4), ..View::default() };
+    coming.set(Arc::new(View { id: ViewId(2), ..others.clone() }));
+    let whole = waited(&mut rig);
+    assert!(whole > 3 * SLOW, "{whole:?}: an older view is no reason");
+    let seen = told(&mut rig);
+    assert!(seen.len() > 1 && seen[0].view == ViewId(3) && seen[0].what.starts_with("no answer for"), "{seen:?}");
+    coming.set(Arc::new(others));
+    let patience = Instant::now() + Duration::from_secs(5);
+    while !rig.runner.serving() && Instant::now() < patience {
+        rig.runner.idle(patience);
+    }
+    let cut = waited(&mut rig);
+    assert!(cut < 2 * SLOW, "{cut:?} of {whole:?}");
 }
 
 #[test]

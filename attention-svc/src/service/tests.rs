@@ -14,6 +14,7 @@ use tonic::transport::{Channel, Server};
 use super::*;
 use crate::engine::{Engine, EngineOptions, start};
 use crate::fake::{FakeRunner, PAGE, Switch, VOCAB};
+use crate::runner::Outside;
 use crate::sampling::Scored;
 use crate::scheduler::SchedulerLimits;
 
@@ -43,7 +44,7 @@ impl Rig {
             eos: vec![],
             recovery_max: Duration::ZERO,
         };
-        let (runner, switch) = FakeRunner::new(options.kv_pages);
+        let (runner, switch) = FakeRunner::new(options.kv_pages, Outside::new().0);
         let engine = start(runner, options).unwrap();
         let tokenizer = Path::new(env!("CARGO_MANIFEST_DIR")).join("../fixtures/tokenizers/llama-style-1024");
         let tokenizer = Tokenizer::open(tokenizer).unwrap();
