@@ -61,12 +61,52 @@ impl Mapping {
         }
     }
 
-    /// Gives a range's pages back; a later read faults them in again from the file. A hint as well.
+    /// Gives a range's pages back, and those that came along with them; a later read faults them in again from the file. A
+    /// hint as well.
     pub(crate) fn release(&self, offset: usize, len: usize) {
         if len > 0 {
+            let end = offset.saturating_add(len).saturating_add(FAULT_AROUND_BYTES).min(self.map.len());
+            let offset = offset.saturating_sub(FAULT_AROUND_BYTES).min(end);
             // SAFETY: dropping pages of a read-only file mapping loses nothing: they are never dirty, and the next read
             // of them, through whatever reference, finds the file's bytes again.
-            let _ = unsafe { self.map.unchecked_advise_range(UncheckedAdvice::DontNeed, offset, len) };
+            let _ = unsafe { self.map.unchecked_advise_range(UncheckedAdvice::DontNeed, offset, end - offset) };
         }
+    }
+}
+
+/// A page that is read brings along those around it that are in memory: on Linux so many bytes before and after it at most,
+/// unless somebody set up more.
+const FAULT_AROUND_BYTES: usize = 64 << 10;
+
+#[cfg(all(test, target_os = "linux"))]
+mod tests {
+    use super::*;
+
+    /// Resident KiB of a mapped file, by the kernel's own accounting.
+    fn resident_kib(file: &Path) -> u64 {
+        let maps = std::fs::read_to_string("/proc/self/smaps").unwrap();
+        let of_file = maps.split_once(file.to_str().unwrap()).expect("it is mapped").1;
+        let line = of_file.lines().find_map(|line| line.strip_prefix("Rss:")).unwrap();
+        line.trim().strip_suffix("kB").unwrap().trim().parse().unwrap()
+    }
+
+    #[test]
+    fn what_came_along_with_a_range_is_given_back_too() {
+        let folder = tempfile::tempdir().unwrap();
+        let file = folder.path().join("weights");
+        std::fs::write(&file, vec![7; 1 << 20]).unwrap();
+        let mapping = Mapping::open(&file).unwrap();
+        let read =
+            |from: usize, len: usize| mapping.bytes()[from..from + len].iter().map(|b| u64::from(*b)).sum::<u64>();
+        for (from, len) in [(0, 1), (300_000, 200_000), ((1 << 20) - 1, 1)] {
+            assert_eq!(read(from, len), 7 * len as u64);
+            assert!(resident_kib(&file) >= 4);
+            mapping.release(from, len);
+            assert_eq!(resident_kib(&file), 0, "{len} bytes from {from}");
+        }
+        assert_eq!(read(0, 1 << 20), 7 << 20, "what was given back is read again");
+        mapping.release(0, usize::MAX);
+        assert_eq!(resident_kib(&file), 0);
+        mapping.release(1 << 20, 5);
     }
 }
