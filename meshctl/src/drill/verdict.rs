@@ -110,6 +110,8 @@ mod tests {
             resident_end,
             experts_settled: 0,
             experts_end: 0,
+            own_settled: 1000,
+            own_end: i64::try_from(resident_end).unwrap(),
             handles_settled: 12,
             handles_end,
         };

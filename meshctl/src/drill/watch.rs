@@ -98,20 +98,27 @@ pub struct Usage {
     pub experts_settled: u64,
     /// In the end.
     pub experts_end: u64,
+    /// Resident memory beside experts when it had settled, bytes: a median of its own, since experts come and go between samples.
+    pub own_settled: i64,
+    /// In the end.
+    pub own_end: i64,
     /// Open files when it had settled.
     pub handles_settled: u64,
     /// In the end.
     pub handles_end: u64,
 }
 
+impl Sample {
+    /// Resident memory beside experts, bytes; below 0 where an expert was told of before it was read.
+    fn own(&self) -> i64 {
+        i64::try_from(self.resident).unwrap_or(i64::MAX).saturating_sub_unsigned(self.experts)
+    }
+}
+
 impl Usage {
     /// What memory grew by, beside the experts that views gave or took, as a share of all that it was; below 0 if it shrank.
     pub fn growth(&self) -> f64 {
-        let (resident, experts) = (
-            self.resident_end as f64 - self.resident_settled as f64,
-            self.experts_end as f64 - self.experts_settled as f64,
-        );
-        (resident - experts) / self.resident_settled.max(1) as f64
+        (self.own_end - self.own_settled) as f64 / self.resident_settled.max(1) as f64
     }
 }
 
@@ -123,30 +130,52 @@ pub fn usages(watched: &[Watched], settle: Duration) -> Vec<Usage> {
 fn usage_of(process: &Watched, settle: Duration) -> Option<Usage> {
     let (first, last) = (process.samples.first()?.at, process.samples.last()?.at);
     let part = last.checked_sub(first + settle)? / PARTS;
-    let within = |from: Duration, to: Duration| -> Option<(u64, u64, u64)> {
-        let samples: Vec<&Sample> = process.samples.iter().filter(|s| (from..=to).contains(&s.at)).collect();
-        let median = |of: fn(&Sample) -> u64| {
-            let mut values: Vec<u64> = samples.iter().map(|sample| of(sample)).collect();
-            let middle = values.len() / 2;
-            (values.len() >= PART_MIN).then(|| *values.select_nth_unstable(middle).1)
-        };
-        Some((median(|s| s.resident)?, median(|s| s.experts)?, median(|s| s.handles)?))
+    let within = |from: Duration, to: Duration| -> Vec<&Sample> {
+        process.samples.iter().filter(|s| (from..=to).contains(&s.at)).collect()
     };
-    let (resident_settled, experts_settled, handles_settled) = within(first + settle, first + settle + part)?;
-    let (resident_end, experts_end, handles_end) = within(last.saturating_sub(part), last)?;
+    let settled = Medians::of(&within(first + settle, first + settle + part))?;
+    let end = Medians::of(&within(last.saturating_sub(part), last))?;
     let watched_s = (last - first).as_secs_f64();
     let (who, pid) = (process.who.clone(), process.pid);
     Some(Usage {
         who,
         pid,
         watched_s,
-        resident_settled,
-        resident_end,
-        experts_settled,
-        experts_end,
-        handles_settled,
-        handles_end,
+        resident_settled: settled.resident,
+        resident_end: end.resident,
+        experts_settled: settled.experts,
+        experts_end: end.experts,
+        own_settled: settled.own,
+        own_end: end.own,
+        handles_settled: settled.handles,
+        handles_end: end.handles,
     })
+}
+
+/// Medians of some samples, each of its own.
+struct Medians {
+    resident: u64,
+    experts: u64,
+    own: i64,
+    handles: u64,
+}
+
+impl Medians {
+    /// `None` of fewer than [`PART_MIN`].
+    fn of(samples: &[&Sample]) -> Option<Self> {
+        Some(Self {
+            resident: median(samples, |s| s.resident)?,
+            experts: median(samples, |s| s.experts)?,
+            own: median(samples, |s| s.own())?,
+            handles: median(samples, |s| s.handles)?,
+        })
+    }
+}
+
+fn median<T: Ord + Copy>(samples: &[&Sample], of: impl Fn(&Sample) -> T) -> Option<T> {
+    let mut values: Vec<T> = samples.iter().map(|sample| of(sample)).collect();
+    let middle = values.len() / 2;
+    (values.len() >= PART_MIN).then(|| *values.select_nth_unstable(middle).1)
 }
 
 #[cfg(test)]
@@ -183,6 +212,16 @@ mod tests {
         given.samples.iter_mut().for_each(|s| s.experts = if s.at.as_secs() < 60 { 400 } else { 700 });
         let found = usages(&[given], Duration::from_secs(20));
         assert_eq!((found[0].resident_end, found[0].experts_end, found[0].growth()), (1300, 700, 0.0));
+    }
+
+    #[test]
+    fn experts_that_come_and_go_between_samples_are_no_growth() {
+        // More often there in the end than in the beginning.
+        let has = |s: u64| if s < 60 { s % 3 == 0 } else { s % 3 != 0 };
+        let mut process = process(100, |s| 1000 + if has(s) { 300 } else { 0 }, |_| 1);
+        process.samples.iter_mut().for_each(|s| s.experts = if has(s.at.as_secs()) { 300 } else { 0 });
+        let found = usages(&[process], Duration::from_secs(20));
+        assert_eq!((found[0].resident_settled, found[0].resident_end, found[0].growth()), (1000, 1300, 0.0));
     }
 
     #[test]
