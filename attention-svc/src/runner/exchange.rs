@@ -27,8 +27,8 @@ use super::peers::{self, Peers, Unanswered};
 pub struct ExchangeLimits {
     /// Exchanges in flight at once.
     pub lanes: u16,
-    /// How long an answer may take before the router is asked about its node, and before that counts as silent, however slow
-    /// answers were before.
+    /// How long an answer may take before its node counts as silent, however slow answers were before; after half of it the
+    /// router is told.
     pub silence_min: Duration,
     /// How long an answer may take at all.
     pub answer_max: Duration,
@@ -77,6 +77,9 @@ struct Sent {
     refused: Option<AbortReason>,
     answer: Option<FrameBuf>,
 }
+
+/// After this part of the shortest silence an answer is late: to ask whether a node lives costs less than to do without it.
+const LATE_PART: u32 = 2;
 
 /// How often rows of one dispatch go to another holder before the step is given up: as many nodes would have to fail at once.
 const REPLAYS_MAX: u32 = 16;
@@ -487,7 +490,7 @@ impl Exchange {
 
     /// From when on the router is to be told of a frame without an answer.
     fn late_from(&self, sent: &Sent) -> Instant {
-        sent.told.unwrap_or(sent.at) + self.limits.silence_min
+        sent.told.unwrap_or(sent.at) + self.limits.silence_min / LATE_PART
     }
 
     /// From when on a frame without an answer means that its node is silent.

@@ -79,8 +79,8 @@ pub struct RunnerOptions {
     pub micro_batches: u16,
     /// Rows below which a micro-batch is not cut further: each one reads the weights again.
     pub micro_batch_rows_min: usize,
-    /// How long an expert node's answer may take before the router is asked about it, and before rows are sent to another
-    /// holder, however slow answers are.
+    /// How long an expert node's answer may take before rows are sent to another holder, however slow answers are; after half of
+    /// it the router is told.
     pub silence_min: Duration,
     /// How long an expert node's answer may take at all.
     pub answer_max: Duration,
