@@ -78,7 +78,8 @@ impl Mapping {
 /// unless somebody set up more.
 const FAULT_AROUND_BYTES: usize = 64 << 10;
 
-#[cfg(all(test, target_os = "linux"))]
+#[cfg(test)]
+#[cfg(target_os = "linux")]
 mod tests {
     use super::*;
 

@@ -2,7 +2,7 @@
 
 use std::net::SocketAddr;
 use std::process::ExitCode;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use clap::Parser;
 use mesh_service::telemetry::LogArgs;
@@ -67,10 +67,33 @@ impl Flags {
     }
 }
 
+/// How long an address that is in use is tried.
+const LISTEN_FOR: Duration = Duration::from_secs(5);
+/// How often.
+const LISTEN_EVERY: Duration = Duration::from_millis(50);
+
+/// Listens. A router that is started again at the address of one that died may find it taken for a moment: by that one, or by
+/// a node whose call to it was given the same port for its own end.
+async fn listen(addr: SocketAddr) -> std::io::Result<TcpListener> {
+    let until = Instant::now() + LISTEN_FOR;
+    let mut told = false;
+    loop {
+        match TcpListener::bind(addr).await {
+            Err(error) if error.kind() == std::io::ErrorKind::AddrInUse && Instant::now() < until => {
+                if !std::mem::replace(&mut told, true) {
+                    tracing::warn!(%addr, for_s = LISTEN_FOR.as_secs(), "the address is in use; trying on");
+                }
+                tokio::time::sleep(LISTEN_EVERY).await;
+            }
+            listening => return listening,
+        }
+    }
+}
+
 async fn run(flags: Flags, router: RouterConfig) -> Result<(), Box<dyn std::error::Error>> {
     // Watched from before the ready line on, so that no parent's signal comes too early.
     let stop = shutdown::on_signals()?;
-    let listener = TcpListener::bind(flags.grpc).await.map_err(|e| format!("cannot listen on {}: {e}", flags.grpc))?;
+    let listener = listen(flags.grpc).await.map_err(|e| format!("cannot listen on {}: {e}", flags.grpc))?;
     let addr = listener.local_addr()?;
     tracing::info!(%addr, ?router, "router listening");
     let ready = serde_json::json!({ "ready": "router", "grpc": addr.to_string() });

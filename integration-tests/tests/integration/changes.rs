@@ -16,6 +16,7 @@ use integration_tests::patience::{eventually, soon};
 use integration_tests::{Dtype, Mesh, MeshBuilder, Transport};
 use mesh_proto::v1::{DrainRequest, RebalanceRequest, Sampling, StatusResponse};
 use serde_json::Value;
+use tokio::io::{AsyncBufReadExt as _, BufReader};
 use tokio::process::Command;
 
 fn prompts() -> Vec<Vec<u32>> {
@@ -209,6 +210,22 @@ async fn a_router_that_is_started_again_gets_its_nodes_back_and_a_stream_goes_on
     request.resume_tokens = vec![1; 25];
     let refused = mesh.generate(request).await.expect_err("more than max_new_tokens");
     assert!(refused.message.contains("resume_tokens"), "{refused}");
+}
+
+#[tokio::test]
+async fn a_router_waits_for_an_address_that_is_taken_for_a_moment() {
+    let before = std::net::TcpListener::bind("127.0.0.1:0").expect("a free port");
+    let address = before.local_addr().expect("an address").to_string();
+    let mut router = Command::new(binary("router-svc"));
+    router.args(["--grpc", &address, "--log", "warn"]).kill_on_drop(true).stdout(std::process::Stdio::piped());
+    let mut router = router.spawn().expect("router-svc starts");
+    tokio::time::sleep(Duration::from_millis(300)).await;
+    assert!(router.try_wait().expect("its state").is_none(), "it did not give up at once");
+    drop(before);
+    let mut lines = BufReader::new(router.stdout.take().expect("its output")).lines();
+    let ready = tokio::time::timeout(Duration::from_secs(30), lines.next_line()).await.expect("in time");
+    let ready = ready.expect("its output").expect("a line");
+    assert!(ready.contains(&address), "{ready}");
 }
 
 /// Lets a process run a tenth of the time until it is dropped.

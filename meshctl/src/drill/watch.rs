@@ -217,7 +217,7 @@ mod tests {
     #[test]
     fn experts_that_come_and_go_between_samples_are_no_growth() {
         // More often there in the end than in the beginning.
-        let has = |s: u64| if s < 60 { s % 3 == 0 } else { s % 3 != 0 };
+        let has = |s: u64| if s < 60 { s.is_multiple_of(3) } else { !s.is_multiple_of(3) };
         let mut process = process(100, |s| 1000 + if has(s) { 300 } else { 0 }, |_| 1);
         process.samples.iter_mut().for_each(|s| s.experts = if has(s.at.as_secs()) { 300 } else { 0 });
         let found = usages(&[process], Duration::from_secs(20));
