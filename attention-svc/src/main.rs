@@ -81,7 +81,7 @@ struct Flags {
     #[arg(long, env = "MESH_MICRO_BATCHES", value_name = "N", default_value_t = AttentionConfig::MICRO_BATCHES)]
     micro_batches: u16,
     /// How long an expert node may owe an answer before its rows go to another holder of their experts, milliseconds; four
-    /// times the slowest answer of late, where that is longer.
+    /// times the slowest answer of late, where that is longer. After half of it the router asks whether the node lives.
     #[arg(long, env = "MESH_SILENCE_MS", value_name = "N",
           default_value_t = AttentionConfig::SILENCE_MIN.as_millis() as u64,
           value_parser = clap::value_parser!(u64).range(10..=60_000))]

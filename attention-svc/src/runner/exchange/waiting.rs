@@ -28,7 +28,7 @@ impl Exchange {
                 return Ok(());
             }
             let now = Instant::now();
-            self.tell_of_late(of.lane, now);
+            self.tell_of_late(of, now);
             if let Some((index, why)) = self.unanswerable(of, now) {
                 of.replays += 1;
                 // Who serves another view will not be alone with that: the next step is under the new one.
@@ -43,7 +43,11 @@ impl Exchange {
                 return Err(self.silent(of.lane));
             }
             let sent = &self.sent[of.lane.index()];
-            let next = |s: &Sent| self.late_from(s).min(self.silent_from(s, now));
+            // Who is silent was late before: until then what silence is need not be known.
+            let next = |s: &Sent| match s.told {
+                None => self.late_from(s),
+                Some(_) => self.late_from(s).min(self.silent_from(s, now)),
+            };
             let awaited = self.awaited(of.lane).map(|i| next(&sent[i])).min();
             let until = awaited.map_or(of.until, |at| at.min(of.until));
             self.transport.wait(until);
@@ -58,15 +62,15 @@ impl Exchange {
 
     /// Tells the router of frames whose answer is late, again and again. It asks the nodes, which costs little, and strikes out
     /// those that are gone; how long this node waits for an answer is another matter.
-    fn tell_of_late(&mut self, lane: Lane, now: Instant) {
-        let Some(view) = self.view.as_ref().map(|v| v.id) else { return };
+    fn tell_of_late(&mut self, of: &InFlight, now: Instant) {
+        let lane = of.lane;
         let late = |i: &usize| now >= self.late_from(&self.sent[lane.index()][*i]);
         let late: Vec<usize> = self.awaited(lane).filter(late).collect();
         for index in late {
             let sent = &mut self.sent[lane.index()][index];
             sent.told = Some(now);
             let waited = now.saturating_duration_since(sent.at);
-            self.outside.tell(view, sent.slot, format!("no answer for {waited:?}"));
+            self.outside.tell(of.view.id, sent.slot, format!("no answer for {waited:?}"));
         }
     }
 
@@ -84,10 +88,10 @@ impl Exchange {
                 return Some((index, RunError::Aborted { slot, node, layer, reason }));
             }
             let waited = now.saturating_duration_since(sent.at);
-            let silent = now >= self.silent_from(sent, now);
-            // The router has struck out who was late: the view that waits for this step to end is without it.
-            let struck_out = sent.told.is_some() && self.outside.coming.is_without(node, of.view.id);
-            (silent || struck_out).then(|| (index, RunError::Silent { slots: vec![slot], waited }))
+            // Silent, or struck out by the router: the view that waits for this step to end is without it.
+            let given_up = sent.told.is_some()
+                && (now >= self.silent_from(sent, now) || self.outside.coming.is_without(node, of.view.id));
+            given_up.then(|| (index, RunError::Silent { slots: vec![slot], waited }))
         });
         let (index, error) = found?;
         if let RunError::Silent { waited, .. } = &error {
