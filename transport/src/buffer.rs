@@ -127,17 +127,6 @@ impl Window {
         Ok(FrameBuf { blocks, len: bytes, window: Some(Arc::clone(self)), used })
     }
 
-    fn let_go(&self, used: Use) {
-        let starved = {
-            let mut state = self.lock();
-            *(if used == Use::Send { &mut state.sending } else { &mut state.receiving }) -= 1;
-            std::mem::take(&mut state.starved)
-        };
-        if let Some(waker) = self.waker.get().filter(|_| starved) {
-            waker.wake();
-        }
-    }
-
     fn give_back(&self, blocks: Box<[Block]>, used: Use) {
         let starved = {
             let mut state = self.lock();
@@ -176,14 +165,6 @@ impl FrameBuf {
     /// A body of no bytes; takes no room in any window.
     pub fn empty() -> Self {
         FrameBuf { blocks: Box::default(), len: 0, window: None, used: Use::Send }
-    }
-
-    /// Stops counting for the window, which gets room for another; the memory is freed when this is dropped. For a body
-    /// that a gone peer may still read or write.
-    pub(crate) fn leave_window(&mut self) {
-        if let Some(window) = self.window.take() {
-            window.let_go(self.used);
-        }
     }
 }
 
@@ -246,19 +227,6 @@ mod tests {
         assert_eq!(window.in_use(), 2);
         drop(receiving);
         assert_eq!(window.in_use(), 0);
-    }
-
-    #[test]
-    fn a_body_that_left_makes_room_and_keeps_its_bytes() {
-        let window = Window::new(2, 64);
-        let mut body = window.take(64).unwrap();
-        assert!(window.take(1).is_err());
-        body.leave_window();
-        assert_eq!((window.in_use(), body.len()), (0, 64));
-        let other = window.take(64).unwrap();
-        assert_ne!(other.as_ptr(), body.as_ptr());
-        drop(body);
-        assert_eq!(window.in_use(), 1);
     }
 
     #[test]

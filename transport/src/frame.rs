@@ -12,7 +12,7 @@ use mesh_core::{ExpertId, Lane, LayerId, Seq, Slot, ViewId};
 pub const MAGIC: u32 = u32::from_le_bytes(*b"XMF1");
 
 /// Version of frame and handshake. Two nodes of different versions do not talk.
-pub const PROTOCOL_VERSION: u16 = 2;
+pub const PROTOCOL_VERSION: u16 = 3;
 
 /// Bytes of an encoded [`FrameHeader`].
 pub const HEADER_BYTES: usize = 64;

@@ -53,7 +53,7 @@ fn a_dispatch_reads_as_it_was_written() {
 fn offsets_are_those_of_the_protocol_document() {
     let header = FrameHeader { flags: 0x0b0a, server_ns: 0x0102_0304_0506_0708, ..dispatch(1, 1, 2) };
     let bytes = header.encode(b"123456789");
-    assert_eq!(&bytes[..8], b"XMF1\x02\x00\x01\x00");
+    assert_eq!(&bytes[..8], b"XMF1\x03\x00\x01\x00");
     assert_eq!(bytes[8..16], 7u64.to_le_bytes());
     assert_eq!(bytes[16..24], 9u64.to_le_bytes());
     assert_eq!(bytes[24..32], 0x0102_0304_0506_0708u64.to_le_bytes());

@@ -12,7 +12,7 @@ use crate::frame::PROTOCOL_VERSION;
 use crate::{Credentials, Identity};
 
 /// The largest `extra` that either side may send along.
-pub const EXTRA_BYTES_MAX: usize = 1024;
+pub const EXTRA_BYTES_MAX: usize = 2048;
 
 const MAGIC: [u8; 8] = *b"XMESH-HS";
 const PREFIX_BYTES: usize = 16;

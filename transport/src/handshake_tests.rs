@@ -169,7 +169,7 @@ fn a_full_listener_says_so() {
 #[test]
 fn too_long_an_extra_is_an_error_here_and_not_at_the_peer() {
     let made = Handshake::client(&credentials(Role::Attention), &[0; EXTRA_BYTES_MAX + 1]);
-    assert_eq!(made.err(), Some(HandshakeError::ExtraTooLong { bytes: 1025 }));
+    assert_eq!(made.err(), Some(HandshakeError::ExtraTooLong { bytes: EXTRA_BYTES_MAX + 1 }));
 }
 
 proptest! {

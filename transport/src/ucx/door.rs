@@ -6,7 +6,6 @@ use std::net::{TcpListener, TcpStream};
 use std::os::fd::{AsRawFd, RawFd};
 use std::time::{Duration, Instant};
 
-use super::UcxOptions;
 use super::greeting::{self, Greeting};
 use super::inbox::{Inbox, Token};
 use super::sleep::Watched;
@@ -33,10 +32,10 @@ pub struct Entered {
     pub token: Token,
     /// Who it is.
     pub identity: Identity,
-    /// What it said about its worker.
-    pub greeting: Greeting,
-    /// Whether UCX shall watch it.
-    pub watched: bool,
+    /// What we name the channel to it.
+    pub theirs: Token,
+    /// Where its worker is.
+    pub address: Vec<u8>,
     /// Who and where it is, in words.
     pub name: String,
 }
@@ -66,24 +65,18 @@ pub struct Door {
 }
 
 impl Door {
-    /// A door whose greeting is `address`.
+    /// A door that tells of a worker's two addresses: over anything, and over the network alone.
     pub fn new(
         listener: Option<TcpListener>,
         credentials: Credentials,
         limits: &Limits,
-        options: &UcxOptions,
-        address: Vec<u8>,
+        [address, network_address]: [Vec<u8>; 2],
     ) -> Result<Self, TransportError> {
-        let greeting = Greeting {
-            host: greeting::host(),
-            shares_memory: greeting::shares_memory(options.tls.as_deref()),
-            token: Token(0),
-            address,
-        };
+        let greeting = Greeting { host: greeting::host(), token: Token(0), address, network_address };
         let bytes = greeting.encode().len();
         if bytes > EXTRA_BYTES_MAX {
             let why = format!(
-                "its address takes {bytes} bytes where {EXTRA_BYTES_MAX} fit; name fewer devices in UCX_NET_DEVICES"
+                "its addresses take {bytes} bytes where {EXTRA_BYTES_MAX} fit; name fewer devices in UCX_NET_DEVICES"
             );
             return Err(TransportError::Unavailable { kind: TransportKind::Ucx, why });
         }
@@ -303,8 +296,8 @@ impl Guest {
     /// The peer, if there was a place for it.
     fn enter(self, ours: &Greeting, identity: Identity, theirs: Greeting) -> Option<Entered> {
         let name = format!("node {:x} ({:?} {}, {})", identity.node.0, identity.role, identity.slot.0, self.from);
-        let watched = ours.watched_with(&theirs);
-        Some(Entered { stream: self.stream, token: self.token?, identity, greeting: theirs, watched, name })
+        let (theirs, address) = (theirs.token, theirs.address_for(ours));
+        Some(Entered { stream: self.stream, token: self.token?, identity, theirs, address, name })
     }
 }
 

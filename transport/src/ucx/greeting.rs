@@ -3,9 +3,9 @@
 use super::inbox::Token;
 
 /// Version of this blob; two nodes of different versions do not talk.
-const VERSION: u8 = 1;
-/// Bytes before the worker address.
-const FIXED_BYTES: usize = 1 + 1 + 16 + 8;
+const VERSION: u8 = 2;
+/// Bytes before the worker's addresses.
+const FIXED_BYTES: usize = 1 + 16 + 8 + 2;
 /// The longest worker address that is accepted. UCX's grow with the number of network devices: 100 to 1000 bytes.
 pub const ADDRESS_BYTES_MAX: usize = 4096;
 
@@ -14,21 +14,24 @@ pub const ADDRESS_BYTES_MAX: usize = 4096;
 pub struct Greeting {
     /// The running kernel and the namespaces on it, so that the ends know whether they can share memory.
     pub host: [u8; 16],
-    /// Whether its options let UCX share memory.
-    pub shares_memory: bool,
     /// What its peer must name the channel.
     pub token: Token,
-    /// Its worker.
+    /// Its worker, over anything.
     pub address: Vec<u8>,
+    /// The same over the network alone.
+    pub network_address: Vec<u8>,
 }
 
 impl Greeting {
     /// As bytes.
     pub fn encode(&self) -> Vec<u8> {
-        let mut bytes = vec![VERSION, u8::from(self.shares_memory)];
+        let mut bytes = vec![VERSION];
         bytes.extend_from_slice(&self.host);
         bytes.extend_from_slice(&self.token.0.to_le_bytes());
+        // What does not fit is longer than the other end would take in any case.
+        bytes.extend_from_slice(&u16::try_from(self.address.len()).unwrap_or(u16::MAX).to_le_bytes());
         bytes.extend_from_slice(&self.address);
+        bytes.extend_from_slice(&self.network_address);
         bytes
     }
 
@@ -37,28 +40,27 @@ impl Greeting {
     /// # Errors
     /// What is wrong with them.
     pub fn decode(bytes: &[u8]) -> Result<Self, String> {
-        if bytes.len() <= FIXED_BYTES || bytes.len() > FIXED_BYTES + ADDRESS_BYTES_MAX {
+        let Some((fixed, addresses)) = bytes.split_first_chunk::<FIXED_BYTES>() else {
             return Err(format!("a UCX greeting of {} bytes", bytes.len()));
-        }
-        let (fixed, address) = bytes.split_at(FIXED_BYTES);
-        if fixed[0] != VERSION || fixed[1] > 1 {
+        };
+        if fixed[0] != VERSION {
             return Err(format!("a UCX greeting of version {} where this node speaks {VERSION}", fixed[0]));
         }
         let (mut host, mut token) = ([0; 16], [0; 8]);
-        host.copy_from_slice(&fixed[2..18]);
-        token.copy_from_slice(&fixed[18..]);
-        Ok(Self {
-            host,
-            shares_memory: fixed[1] == 1,
-            token: Token(u64::from_le_bytes(token)),
-            address: address.to_vec(),
-        })
+        host.copy_from_slice(&fixed[1..17]);
+        token.copy_from_slice(&fixed[17..25]);
+        let address_bytes = usize::from(u16::from_le_bytes([fixed[25], fixed[26]]));
+        let (address, network_address) = addresses.split_at_checked(address_bytes).unwrap_or_default();
+        if [address, network_address].iter().any(|a| a.is_empty() || a.len() > ADDRESS_BYTES_MAX) {
+            return Err(format!("UCX addresses of {address_bytes} bytes in {}", addresses.len()));
+        }
+        let token = Token(u64::from_le_bytes(token));
+        Ok(Self { host, token, address: address.to_owned(), network_address: network_address.to_owned() })
     }
 
-    /// Whether UCX must watch for the other's death itself. It cannot where memory is shared, and the two ends must agree:
-    /// both work it out from the same four facts.
-    pub fn watched_with(&self, other: &Greeting) -> bool {
-        self.host != other.host || !self.shares_memory || !other.shares_memory
+    /// Where `other` finds this end.
+    pub fn address_for(self, other: &Greeting) -> Vec<u8> {
+        if self.host == other.host { self.address } else { self.network_address }
     }
 }
 
@@ -90,20 +92,13 @@ fn host_of(boot: &str, processes: &str, network: &str) -> [u8; 16] {
     host
 }
 
-/// Whether a list of UCX transports has one that shares memory; none given is all of them.
-pub fn shares_memory(tls: Option<&str>) -> bool {
-    const SHARING: [&str; 8] = ["all", "sm", "shm", "mm", "posix", "sysv", "xpmem", "self"];
-    let Some(list) = tls else { return true };
-    // A list that begins with ^ names what is left out: then something that shares memory is probably left.
-    list.starts_with('^') || list.split(',').any(|name| SHARING.contains(&name.trim().trim_start_matches('\\')))
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
 
     fn greeting() -> Greeting {
-        Greeting { host: host(), shares_memory: true, token: Token(0x1234_5678_9abc_def0), address: vec![1, 2, 3] }
+        let (address, network_address) = (vec![1, 2, 3], vec![4, 5]);
+        Greeting { host: host(), token: Token(0x1234_5678_9abc_def0), address, network_address }
     }
 
     #[test]
@@ -114,26 +109,28 @@ mod tests {
     #[test]
     fn every_truncation_and_every_overlong_address_is_refused() {
         let bytes = greeting().encode();
-        for cut in 0..=FIXED_BYTES {
+        for cut in 0..=FIXED_BYTES + 3 {
             assert!(Greeting::decode(&bytes[..cut]).is_err());
         }
-        let overlong = Greeting { address: vec![0; ADDRESS_BYTES_MAX + 1], ..greeting() };
-        assert!(Greeting::decode(&overlong.encode()).is_err());
+        let long = vec![0; ADDRESS_BYTES_MAX + 1];
+        for overlong in [
+            Greeting { address: long.clone(), ..greeting() },
+            Greeting { network_address: long, ..greeting() },
+            Greeting { address: vec![0; 1 << 17], ..greeting() },
+        ] {
+            assert!(Greeting::decode(&overlong.encode()).is_err());
+        }
         let mut newer = bytes;
         newer[0] += 1;
-        assert!(Greeting::decode(&newer).unwrap_err().contains("version 2"));
+        assert!(Greeting::decode(&newer).unwrap_err().contains("version 3"));
     }
 
     #[test]
-    fn ucx_watches_unless_both_ends_share_one_host_s_memory() {
-        let here = greeting();
-        assert!(!here.watched_with(&here));
+    fn only_ends_of_one_host_find_each_other_over_shared_memory() {
         let elsewhere = Greeting { host: [9; 16], ..greeting() };
-        let network = Greeting { shares_memory: false, ..greeting() };
-        for other in [elsewhere, network] {
-            assert!(here.watched_with(&other));
-            assert!(other.watched_with(&here));
-        }
+        assert_eq!(greeting().address_for(&greeting()), [1, 2, 3]);
+        assert_eq!(greeting().address_for(&elsewhere), [4, 5]);
+        assert_eq!(elsewhere.address_for(&greeting()), [4, 5]);
     }
 
     #[test]
@@ -147,14 +144,5 @@ mod tests {
             assert_ne!(here, host_of(other.0, other.1, other.2), "{other:?}");
         }
         assert_eq!(host_of("", "", ""), [0; 16], "a system that does not say");
-    }
-
-    #[test]
-    fn lists_of_transports_are_read_as_ucx_reads_them() {
-        for sharing in [None, Some("all"), Some("posix,cma"), Some("tcp, sm"), Some("^rc")] {
-            assert!(shares_memory(sharing), "{sharing:?}");
-        }
-        assert!(!shares_memory(Some("tcp")));
-        assert!(!shares_memory(Some("rc,ud")));
     }
 }

@@ -146,11 +146,17 @@ pub fn status_words(ucp: &sys::Ucp, status: sys::ucs_status_t) -> String {
     unsafe { CStr::from_ptr(words) }.to_string_lossy().into_owned()
 }
 
-/// From which size on UCX sends bodies by rendezvous: never, unless this variable says otherwise. Within a host a rendezvous
-/// copies straight out of the other process's memory, and when that process dies meanwhile UCX ends this one by abort()
-/// (`cma_ep.c`, "process_vm_readv returned -1: No such process", seen with 1.13): nobody may die of another's death. Without
-/// such copies (in containers, that is) a rendezvous of 1.13 over shared memory comes to no end.
-const RENDEZVOUS_VARIABLE: &str = "UCX_RNDV_THRESH";
+/// What is set beside what the user set, unless the variable `UCX_` and the name says otherwise.
+///
+/// Rendezvous: never. Within a host it copies straight out of the other process's memory, and when that process dies meanwhile
+/// UCX ends this one by abort() (`cma_ep.c`, "process_vm_readv returned -1: No such process", seen with 1.13): nobody may die
+/// of another's death. Without such copies (in containers, that is) a rendezvous of 1.13 over shared memory comes to no end.
+///
+/// Errors: shared memory says that it can handle a peer's death, which it can and by default hides. Endpoints that want this
+/// handled are the only ones that are gone when they are closed: others keep the memory that a dead peer shared for as long
+/// as the worker lives (`ucp_ep_disconnected`). 1.13 knows the option by its family's name, later versions by the transport's
+/// too.
+const OPTIONS: [(&str, &str); 3] = [("RNDV_THRESH", "inf"), ("MM_ERROR_HANDLING", "y"), ("POSIX_ERROR_HANDLING", "y")];
 
 /// A UCP context: the library set up with our options.
 pub struct Context {
@@ -168,23 +174,20 @@ impl Context {
         // SAFETY: reads the UCX_* environment into a fresh object, which is released below on every path.
         let status = unsafe { ucp.ucp_config_read(std::ptr::null(), std::ptr::null(), &raw mut config) };
         check(&ucp, "ucp_config_read", status)?;
-        let context = match options.tls.as_deref() {
-            Some(tls) => set_option(&ucp, config, "TLS", tls),
-            None => Ok(()),
-        }
-        .and_then(|()| match std::env::var_os(RENDEZVOUS_VARIABLE) {
-            // Who sets the variable decides.
-            Some(_) => Ok(()),
-            None => set_option(&ucp, config, "RNDV_THRESH", "inf"),
-        })
-        .and_then(|()| init(&ucp, config))
-        .map_err(|error| match (error, options.tls.as_ref()) {
-            // With a list of transports given, it is the list that finds no device.
-            (UcxError::Call { reason, .. }, Some(tls)) => {
-                UcxError::Option { option: "TLS", value: tls.clone(), reason }
-            }
-            (error, _) => error,
-        });
+        let tls = options.tls.as_deref().map(|tls| ("TLS", tls));
+        let ours = OPTIONS.into_iter().filter(|(name, _)| std::env::var_os(format!("UCX_{name}")).is_none());
+        let context = tls
+            .into_iter()
+            .chain(ours)
+            .try_for_each(|(name, value)| set_option(&ucp, config, name, value))
+            .and_then(|()| init(&ucp, config))
+            .map_err(|error| match (error, options.tls.as_ref()) {
+                // With a list of transports given, it is the list that finds no device.
+                (UcxError::Call { reason, .. }, Some(tls)) => {
+                    UcxError::Option { option: "TLS", value: tls.clone(), reason }
+                }
+                (error, _) => error,
+            });
         // SAFETY: made by ucp_config_read above and not used again; ucp_init_version copied what it needs.
         unsafe { ucp.ucp_config_release(config) };
         Ok(Self { raw: context?, ucp })

@@ -2,7 +2,8 @@
 //!
 //! libucp is opened at run time, and a machine without it has every other transport. A channel begins on a TCP socket with
 //! the handshake that all transports share; in it the two ends exchange the addresses of their UCX workers and the tokens
-//! that name the channel. The socket stays open as the sign of life that UCX does not give where it shares memory.
+//! that name the channel. The socket stays open as the sign of life: of a peer that shares memory and dies, UCX itself says so only
+//! after many seconds.
 //!
 //! Each direction carries frames numbered from 0, as UCX keeps no order between small and large messages, under
 //! `CREDITS` that the receiver renews: what a peer can make this node hold is bounded, and an honest one just waits.

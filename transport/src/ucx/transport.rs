@@ -78,12 +78,12 @@ impl UcxTransport {
         let started = Context::new(options).and_then(|context| {
             let transports = context.transports();
             let worker = Worker::new(context, inbox)?;
-            let (event_fd, address) = (worker.event_fd()?, worker.address()?);
-            Ok((transports, worker, event_fd, address))
+            let (event_fd, addresses) = (worker.event_fd()?, [worker.address(false)?, worker.address(true)?]);
+            Ok((transports, worker, event_fd, addresses))
         });
-        let (transports, worker, event_fd, address) = started.map_err(unavailable)?;
-        tracing::debug!(address_bytes = address.len(), ?transports, "ucx worker is up");
-        let door = Door::new(listener, credentials, &limits, options, address)?;
+        let (transports, worker, event_fd, addresses) = started.map_err(unavailable)?;
+        tracing::debug!(address_bytes = ?addresses.each_ref().map(Vec::len), ?transports, "ucx worker is up");
+        let door = Door::new(listener, credentials, &limits, addresses)?;
         Ok(Self {
             channels: (0..limits.channels_max).map(|_| None).collect(),
             budget: SpinBudget::new(limits.spin_max),
@@ -106,9 +106,9 @@ impl UcxTransport {
 
     /// Makes a channel of a peer that proved itself.
     fn enter(&mut self, entered: Entered) -> Result<(ChannelId, Identity), TransportError> {
-        let Entered { stream, token, identity, greeting, watched, name } = entered;
+        let Entered { stream, token, identity, theirs, address, name } = entered;
         self.worker.inbox().admit(token);
-        let endpoint = match self.worker.connect(&greeting.address, watched) {
+        let endpoint = match self.worker.connect(&address) {
             Ok(endpoint) => endpoint,
             Err(error) => {
                 self.worker.inbox().dismiss(token);
@@ -117,14 +117,14 @@ impl UcxTransport {
         };
         self.opened += 1;
         let id = ChannelId(self.opened << 16 | token.place() as u64);
-        tracing::debug!(channel = id.0, peer = %name, watched, "ucx channel is open");
+        tracing::debug!(channel = id.0, peer = %name, "ucx channel is open");
         self.channels[token.place()] = Some(Channel {
             id,
             token,
             name,
             liveness: stream,
             endpoint,
-            outgoing: Outgoing::new(greeting.token),
+            outgoing: Outgoing::new(theirs),
             incoming: Incoming::default(),
             damage: Damage::default(),
         });
@@ -394,14 +394,8 @@ impl UcxTransport {
         if let Err(error) = self.worker.close(channel.endpoint, channel.token) {
             tracing::debug!(peer = %channel.name, %error, "the endpoint is gone already");
         }
-        // On a watched endpoint everything was cancelled just now. On one that shares memory, the peer may be reading or
-        // writing a body of ours at this moment, and UCX can neither stop it nor tell when it died. As many bodies as the
-        // window has may be set aside for that; more of them count against the window until UCX is done.
+        // Everything on it was cancelled just now.
         self.reap();
-        let parked = self.worker.park(channel.token, self.limits.bodies_max);
-        if parked > 0 {
-            tracing::warn!(peer = %channel.name, parked, "bodies under way to or from a gone peer are set aside");
-        }
         true
     }
 }

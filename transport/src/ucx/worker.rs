@@ -29,8 +29,6 @@ struct Op {
     body: Option<FrameBuf>,
     /// The frame's number, when this fetches one.
     receives: Option<u64>,
-    /// Whether its body left the window.
-    parked: bool,
 }
 
 /// An operation that UCX is done with.
@@ -58,8 +56,6 @@ pub enum Finished {
 #[derive(Debug)]
 pub struct Endpoint {
     raw: sys::ucp_ep_h,
-    /// UCX itself watches the peer, and the endpoint may be closed with what is under way.
-    watched: bool,
 }
 
 // SAFETY: a handle without ties to a thread, that only the worker's owner passes back to UCX.
@@ -142,17 +138,23 @@ impl Worker {
         &self.inbox
     }
 
-    /// What a peer needs to make an endpoint to this worker.
-    pub fn address(&self) -> Result<Vec<u8>, UcxError> {
-        let mut address: *mut sys::ucp_address_t = std::ptr::null_mut();
-        let mut bytes = 0_usize;
-        // SAFETY: a live worker and two places to write to.
-        let status = unsafe { self.context.ucp.ucp_worker_get_address(self.raw, &raw mut address, &raw mut bytes) };
-        check(&self.context.ucp, "ucp_worker_get_address", status)?;
-        // SAFETY: on success, `bytes` readable bytes until they are released below.
-        let copy = unsafe { std::slice::from_raw_parts(address.cast::<u8>(), bytes) }.to_vec();
+    /// What a peer needs to make an endpoint to this worker: over anything, or over the network alone.
+    pub fn address(&self, network_only: bool) -> Result<Vec<u8>, UcxError> {
+        use sys::ucp_worker_attr_field as field;
+        // SAFETY: a C struct of integers and pointers, for which zero is a valid value.
+        let mut attr: sys::ucp_worker_attr_t = unsafe { std::mem::zeroed() };
+        attr.field_mask = u64::from(field::UCP_WORKER_ATTR_FIELD_ADDRESS.0);
+        if network_only {
+            attr.field_mask |= u64::from(field::UCP_WORKER_ATTR_FIELD_ADDRESS_FLAGS.0);
+            attr.address_flags = sys::ucp_worker_address_flags_t::UCP_WORKER_ADDRESS_FLAG_NET_ONLY.0;
+        }
+        // SAFETY: a live worker, and a place to write to whose mask names what it asks for.
+        let status = unsafe { self.context.ucp.ucp_worker_query(self.raw, &raw mut attr) };
+        check(&self.context.ucp, "ucp_worker_query", status)?;
+        // SAFETY: on success, so many readable bytes until they are released below.
+        let copy = unsafe { std::slice::from_raw_parts(attr.address.cast::<u8>(), attr.address_length) }.to_vec();
         // SAFETY: got from this worker above, released once.
-        unsafe { self.context.ucp.ucp_worker_release_address(self.raw, address) };
+        unsafe { self.context.ucp.ucp_worker_release_address(self.raw, attr.address) };
         Ok(copy)
     }
 
@@ -182,25 +184,25 @@ impl Worker {
         check(&self.context.ucp, "ucp_worker_arm", status).map(|()| true)
     }
 
-    /// An endpoint to the worker at `address`. `watched`: UCX reports the peer's death, and uses no shared memory.
-    pub fn connect(&mut self, address: &[u8], watched: bool) -> Result<Endpoint, UcxError> {
+    /// An endpoint to the worker at `address`, whose death UCX reports.
+    pub fn connect(&mut self, address: &[u8]) -> Result<Endpoint, UcxError> {
         use sys::ucp_ep_params_field as field;
         // SAFETY: a C struct of integers and pointers, for which zero is a valid value.
         let mut params: sys::ucp_ep_params_t = unsafe { std::mem::zeroed() };
-        let mut fields = field::UCP_EP_PARAM_FIELD_REMOTE_ADDRESS;
-        params.address = address.as_ptr().cast();
-        if watched {
-            fields = fields | field::UCP_EP_PARAM_FIELD_ERR_HANDLING_MODE | field::UCP_EP_PARAM_FIELD_ERR_HANDLER;
-            params.err_mode = sys::ucp_err_handling_mode_t::UCP_ERR_HANDLING_MODE_PEER;
-            params.err_handler.cb = Some(inbox::on_failed);
-            params.err_handler.arg = (&raw const *self.inbox).cast_mut().cast();
-        }
+        let fields = field::UCP_EP_PARAM_FIELD_REMOTE_ADDRESS
+            | field::UCP_EP_PARAM_FIELD_ERR_HANDLING_MODE
+            | field::UCP_EP_PARAM_FIELD_ERR_HANDLER;
         params.field_mask = u64::from(fields.0);
+        params.address = address.as_ptr().cast();
+        // Without it a closed endpoint keeps what it shares with its peer until the worker goes.
+        params.err_mode = sys::ucp_err_handling_mode_t::UCP_ERR_HANDLING_MODE_PEER;
+        params.err_handler.cb = Some(inbox::on_failed);
+        params.err_handler.arg = (&raw const *self.inbox).cast_mut().cast();
         let mut raw: sys::ucp_ep_h = std::ptr::null_mut();
-        // SAFETY: the address came whole from an authenticated peer's own `ucp_worker_get_address` and outlives the call.
+        // SAFETY: the address came whole from an authenticated peer's own worker and outlives the call.
         let status = unsafe { self.context.ucp.ucp_ep_create(self.raw, &raw const params, &raw mut raw) };
         check(&self.context.ucp, "ucp_ep_create", status)?;
-        Ok(Endpoint { raw, watched })
+        Ok(Endpoint { raw })
     }
 
     /// Sends a frame; its memory is the operation's until it is [`Finished::Sent`], which is not reported when it is at
@@ -254,7 +256,7 @@ impl Worker {
                 Ok(())
             }
             Ok(false) => {
-                self.ops.push(Op { request, channel, head: Some(kept), body, receives: None, parked: false });
+                self.ops.push(Op { request, channel, head: Some(kept), body, receives: None });
                 Ok(())
             }
             Err(error) => Err(error),
@@ -284,7 +286,7 @@ impl Worker {
         if self.started("ucp_am_recv_data_nbx", request)? {
             return Ok(Some(body));
         }
-        self.ops.push(Op { request, channel, head: None, body: Some(body), receives: Some(number), parked: false });
+        self.ops.push(Op { request, channel, head: None, body: Some(body), receives: Some(number) });
         Ok(None)
     }
 
@@ -294,19 +296,16 @@ impl Worker {
         unsafe { self.context.ucp.ucp_am_data_release(self.raw, descriptor.0) };
     }
 
-    /// Closes an endpoint without waiting. What is under way on a watched one is cancelled; on another it goes on, and
-    /// its memory with it.
+    /// Closes an endpoint without waiting; what is under way on it is cancelled.
     pub fn close(&mut self, endpoint: Endpoint, channel: Token) -> Result<(), UcxError> {
         // SAFETY: a C struct of integers and pointers, for which zero is a valid value.
         let mut param: sys::ucp_request_param_t = unsafe { std::mem::zeroed() };
-        if endpoint.watched {
-            param.op_attr_mask = sys::ucp_op_attr_t::UCP_OP_ATTR_FIELD_FLAGS.0;
-            param.flags = sys::ucp_ep_close_flags_t::UCP_EP_CLOSE_FLAG_FORCE.0;
-        }
+        param.op_attr_mask = sys::ucp_op_attr_t::UCP_OP_ATTR_FIELD_FLAGS.0;
+        param.flags = sys::ucp_ep_close_flags_t::UCP_EP_CLOSE_FLAG_FORCE.0;
         // SAFETY: a live endpoint of this worker, not used again.
         let request = unsafe { self.context.ucp.ucp_ep_close_nbx(endpoint.raw, &raw const param) };
         if !self.started("ucp_ep_close_nbx", request)? {
-            self.ops.push(Op { request, channel, head: None, body: None, receives: None, parked: false });
+            self.ops.push(Op { request, channel, head: None, body: None, receives: None });
         }
         Ok(())
     }
@@ -327,23 +326,6 @@ impl Worker {
     /// Operations under way.
     pub fn pending(&self) -> usize {
         self.ops.len()
-    }
-
-    /// Sets the bodies under way on `channel`, which is gone, aside from the window, as long as no more than `parked_max`
-    /// are; how many there were. They are freed when UCX is done with them, or with the worker.
-    pub fn park(&mut self, channel: Token, parked_max: usize) -> usize {
-        let mut room = parked_max.saturating_sub(self.ops.iter().filter(|op| op.parked).count());
-        let mut found = 0;
-        for op in self.ops.iter_mut().filter(|op| op.channel == channel) {
-            let Some(body) = op.body.as_mut().filter(|body| !body.is_empty()) else { continue };
-            found += 1;
-            if room > 0 {
-                body.leave_window();
-                op.parked = true;
-                room -= 1;
-            }
-        }
-        found
     }
 
     /// Collects what UCX is done with.

@@ -245,6 +245,35 @@ fn frames_of_a_process_that_was_killed_do_no_harm_over_the_network() {
     }
 }
 
+/// Mappings of memory that UCX shares with others of this host.
+fn shared_mappings() -> usize {
+    std::fs::read_to_string("/proc/self/maps").unwrap().lines().filter(|line| line.contains("/dev/shm/ucx")).count()
+}
+
+#[test]
+fn what_killed_processes_shared_is_given_back() {
+    const KILLED: usize = 24;
+    if kind().is_none() {
+        return;
+    }
+    let mut server = server(None);
+    let addr = server.local_addr().to_owned();
+    let before = shared_mappings();
+    for _ in 0..KILLED {
+        let mut node = Node::start(&addr, ECHO, None);
+        let doomed = accepted(&mut server);
+        round_trip(&mut server, doomed, 0, 100_000);
+        assert!(shared_mappings() > 0, "memory is not shared");
+        node.kill();
+        assert!(matches!(next(&mut server), Event::Closed { channel, .. } if channel == doomed));
+    }
+    // Each shared at least one; those of the cases that run beside this one come and go.
+    until(&mut server, |server| {
+        server.poll(&mut Vec::new());
+        shared_mappings() < before + KILLED
+    });
+}
+
 #[test]
 fn a_peer_that_never_polls_is_cut_off_at_the_bound() {
     let Some(kind) = kind() else { return };

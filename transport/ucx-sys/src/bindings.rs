@@ -324,6 +324,12 @@ impl ::core::ops::BitAndAssign for ucp_worker_params_field {
 #[repr(transparent)]
 #[derive(Debug, Copy, Clone, Hash, PartialEq, Eq)]
 pub struct ucp_worker_params_field(pub ::core::ffi::c_uint);
+impl ucp_worker_address_flags_t {
+    pub const UCP_WORKER_ADDRESS_FLAG_NET_ONLY: ucp_worker_address_flags_t = ucp_worker_address_flags_t(1);
+}
+#[repr(transparent)]
+#[derive(Debug, Copy, Clone, Hash, PartialEq, Eq)]
+pub struct ucp_worker_address_flags_t(pub ::core::ffi::c_uint);
 impl ucp_ep_params_field {
     pub const UCP_EP_PARAM_FIELD_REMOTE_ADDRESS: ucp_ep_params_field = ucp_ep_params_field(1);
     pub const UCP_EP_PARAM_FIELD_ERR_HANDLING_MODE: ucp_ep_params_field = ucp_ep_params_field(2);
