@@ -200,7 +200,7 @@ unsafe fn product_of_rows(p: &Product<'_>, from: usize, to: usize, inputs: *cons
         // SAFETY: the tiles of all rows and of `blocks` blocks exist; places as promised.
         unsafe {
             if few {
-                panel.multiply_few(inputs, &mut sums[0]);
+                panel.multiply_few(inputs, block + blocks < p.blocks.end, &mut sums[0]);
             } else {
                 panel.multiply_many(inputs, to - from, block + blocks < p.blocks.end, sums);
             }
@@ -260,15 +260,17 @@ impl<'a> Panel<'a> {
 
     /// The sums of one tile of rows and all blocks: every weight is on its way from memory once.
     /// # Safety
-    /// `x` is the rows' tiles; the thread holds [`Tiles`].
-    unsafe fn multiply_few(&self, x: *const u8, sums: &mut Sums) {
+    /// `x` is the rows' tiles; the thread holds [`Tiles`]. If `more`, other blocks follow this panel.
+    unsafe fn multiply_few(&self, x: *const u8, more: bool, sums: &mut Sums) {
         let sums = sums.0.as_mut_ptr().cast::<f32>();
         // SAFETY: the blocks exist in the weights, the tail and the sums; tiles of x as promised.
         unsafe {
             if self.blocks == TILE_BLOCKS {
-                self.steps(x, 0, 0, self.steps).one_by_four(false, sums);
+                // From the last steps of a block to the first of the same block of the next panel.
+                let next = TILE_BLOCKS * self.block_bytes + AHEAD_STEPS * TILE_BYTES - self.steps * TILE_BYTES;
+                self.steps(x, 0, 0, self.steps).one_by_four(false, if more { next } else { 0 }, sums);
                 if let Some(last) = self.last(x, 0) {
-                    last.one_by_four(true, sums);
+                    last.one_by_four(true, 0, sums);
                 }
                 return;
             }
@@ -358,6 +360,8 @@ enum Ahead {
 
 /// Steps of two blocks whose weights leave room in a first-level cache of 48 KiB.
 const CHUNK_STEPS: usize = 16;
+/// How many steps ahead a single tile of rows asks for weights.
+const AHEAD_STEPS: usize = 4;
 /// Bytes from one row of sums to the next.
 const SUMS_STRIDE: usize = TILE_COLS * size_of::<f32>();
 /// Asks for the sixteen lines of a tile, so many bytes ahead.
@@ -429,9 +433,11 @@ struct Steps {
 }
 
 impl Steps {
+    /// Asks for weights [`AHEAD_STEPS`] ahead, and in the last steps for what lies `next` bytes on: a panel that began without
+    /// would wait for memory, and an expert's panels are short.
     /// # Safety
     /// Four blocks of `steps` tiles lie at `weights`, as many tiles at `x`, and sums at `out`; the thread holds [`Tiles`].
-    unsafe fn one_by_four(&self, go_on: bool, out: *mut f32) {
+    unsafe fn one_by_four(&self, go_on: bool, next: usize, out: *mut f32) {
         // SAFETY: the caller's promise.
         unsafe {
             begin_four(go_on, [0, 1, 2, 3].map(|block| out.add(block * LANES)));
@@ -439,17 +445,19 @@ impl Steps {
                 "test {steps}, {steps}",
                 "jz 3f",
                 "2:",
+                "cmp {steps}, {last}",
+                "cmovbe {ahead}, {next}",
                 "tileloadd tmm4, [{x} + {line}]",
-                ask!("prefetcht0", "{a} + 4096"),
+                ask!("prefetcht0", "{a} + {ahead}"),
                 "tileloadd tmm5, [{a} + {line}]",
                 "tdpbf16ps tmm0, tmm4, tmm5",
-                ask!("prefetcht0", "{b} + 4096"),
+                ask!("prefetcht0", "{b} + {ahead}"),
                 "tileloadd tmm6, [{b} + {line}]",
                 "tdpbf16ps tmm1, tmm4, tmm6",
-                ask!("prefetcht0", "{c} + 4096"),
+                ask!("prefetcht0", "{c} + {ahead}"),
                 "tileloadd tmm7, [{c} + {line}]",
                 "tdpbf16ps tmm2, tmm4, tmm7",
-                ask!("prefetcht0", "{d} + 4096"),
+                ask!("prefetcht0", "{d} + {ahead}"),
                 "tileloadd tmm5, [{d} + {line}]",
                 "tdpbf16ps tmm3, tmm4, tmm5",
                 "add {x}, 1024",
@@ -469,6 +477,9 @@ impl Steps {
                 b = inout(reg) self.weights.wrapping_add(self.block_bytes) => _,
                 c = inout(reg) self.weights.wrapping_add(2 * self.block_bytes) => _,
                 d = inout(reg) self.weights.wrapping_add(3 * self.block_bytes) => _,
+                ahead = inout(reg) AHEAD_STEPS * TILE_BYTES => _,
+                next = in(reg) next,
+                last = const AHEAD_STEPS,
                 steps = inout(reg) self.steps => _,
                 out = in(reg) out,
                 line = in(reg) TILE_LINE,
