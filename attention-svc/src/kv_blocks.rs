@@ -7,13 +7,15 @@ pub struct KvBlocks {
     /// no more memory than sequences ever held at once.
     free: Vec<u32>,
     taken: Vec<bool>,
+    used_max: u32,
     page_tokens: u32,
 }
 
 impl KvBlocks {
     /// `total` free pages of `page_tokens` tokens each.
     pub fn new(total: u32, page_tokens: u32) -> Self {
-        Self { free: (0..total).rev().collect(), taken: vec![false; total as usize], page_tokens: page_tokens.max(1) }
+        let (free, taken) = ((0..total).rev().collect(), vec![false; total as usize]);
+        Self { free, taken, used_max: 0, page_tokens: page_tokens.max(1) }
     }
 
     /// Pages that hold `tokens` tokens.
@@ -31,6 +33,11 @@ impl KvBlocks {
         self.free.len() as u32
     }
 
+    /// Most pages that were held at once: no others were ever handed out.
+    pub fn used_max(&self) -> u32 {
+        self.used_max
+    }
+
     /// Extends `pages` until it covers `tokens` tokens: entirely, or not at all when too few pages are free.
     #[must_use]
     pub fn cover(&mut self, pages: &mut Vec<u32>, tokens: u32) -> bool {
@@ -44,6 +51,7 @@ impl KvBlocks {
             self.taken[page as usize] = true;
             pages.push(page);
         }
+        self.used_max = self.used_max.max(self.total() - self.free());
         true
     }
 

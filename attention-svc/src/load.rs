@@ -43,26 +43,32 @@ pub fn trunk(checkpoint: Arc<Checkpoint>, packer: &Packer) -> Result<Trunk, Mode
     trunk
 }
 
-/// Pages of the KV cache of a model, for at most `running_max` requests at once.
+/// Pages of the KV cache of a model, for at most `running_max` requests at once, and bytes of one.
 ///
 /// # Errors
 /// [`AttentionError::Config`] when there would be none.
-pub fn kv_pages(model: &ModelConfig, dtype: Dtype, budget: KvBudget, running_max: u32) -> Result<u32, AttentionError> {
+pub fn kv_pages(
+    model: &ModelConfig,
+    dtype: Dtype,
+    budget: KvBudget,
+    running_max: u32,
+) -> Result<(u32, u64), AttentionError> {
     let refuse = |flag, what: String| Err(AttentionError::Config { flag, what });
     let shape = KvShape { layers: model.layers.len(), pages: 1, kv_heads: model.kv_heads, head_dim: model.head_dim };
     let Some(page_bytes) = shape.bytes(dtype) else {
         return refuse("--model", format!("the model's KV cache has no size: {shape:?}"));
     };
+    let page_bytes = page_bytes as u64;
     match budget {
         KvBudget::Pages(0) => refuse("--kv-pages", "0 pages hold no token; give at least 1".into()),
-        KvBudget::Pages(pages) => Ok(pages),
+        KvBudget::Pages(pages) => Ok((pages, page_bytes)),
         KvBudget::Bytes(bytes) => {
-            let fit = bytes / page_bytes as u64;
+            let fit = bytes / page_bytes;
             if fit == 0 {
                 return refuse("--kv-bytes", format!("{bytes} bytes hold no page, which takes {page_bytes}"));
             }
             let usable = u64::from(running_max) * model.max_position.div_ceil(KV_PAGE_TOKENS) as u64;
-            Ok(u32::try_from(fit.min(usable.max(1))).unwrap_or(u32::MAX))
+            Ok((u32::try_from(fit.min(usable.max(1))).unwrap_or(u32::MAX), page_bytes))
         }
     }
 }

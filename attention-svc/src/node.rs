@@ -86,7 +86,7 @@ impl AttentionNode {
         let opened =
             opened.map_err(|e| AttentionError::Config { flag: "--model", what: format!("loading died: {e}") })??;
         let model = opened.trunk.config();
-        let kv_pages = load::kv_pages(model, config.dtype, config.kv, config.limits.running_max)?;
+        let (kv_pages, kv_page_bytes) = load::kv_pages(model, config.dtype, config.kv, config.limits.running_max)?;
         let bounds = RequestBounds { vocab: model.vocab as u32, context: model.max_position as u32 };
         let (eos, moe_layers, experts) = (model.eos.clone(), model.moe_layers(), model.moe.experts);
 
@@ -109,7 +109,7 @@ impl AttentionNode {
         };
         let engine =
             engine::start(runner, options).map_err(|reason| AttentionError::Thread { thread: "engine", reason })?;
-        let views = Arc::new(AttentionViews::new(engine.handle.clone(), counters, moe_layers, experts));
+        let views = Arc::new(AttentionViews::new(engine.handle.clone(), counters, moe_layers, experts, kv_page_bytes));
         let service = AttentionService::new(engine.handle.clone(), opened.tokenizer, bounds, registration.slot);
         tracing::info!(slot = registration.slot.0, %bound, %addr, kv_pages, "attention node up");
         Ok(Self { config, spec, registration, engine, evidence, views, service, listener, addr })

@@ -19,12 +19,19 @@ pub struct AttentionViews {
     counters: Arc<RunnerCounters>,
     moe_layers: Vec<LayerId>,
     experts: usize,
+    kv_page_bytes: u64,
 }
 
 impl AttentionViews {
-    /// For a model with `experts` experts on each of `moe_layers`.
-    pub fn new(engine: EngineHandle, counters: Arc<RunnerCounters>, moe_layers: Vec<LayerId>, experts: usize) -> Self {
-        Self { engine, counters, moe_layers, experts }
+    /// For a model with `experts` experts on each of `moe_layers`, and a KV cache of pages of `kv_page_bytes`.
+    pub fn new(
+        engine: EngineHandle,
+        counters: Arc<RunnerCounters>,
+        moe_layers: Vec<LayerId>,
+        experts: usize,
+        kv_page_bytes: u64,
+    ) -> Self {
+        Self { engine, counters, moe_layers, experts, kv_page_bytes }
     }
 }
 
@@ -49,6 +56,8 @@ impl ViewTarget for AttentionViews {
         let mut load = v1::NodeLoad {
             kv_blocks_total: engine.kv_total.load(Relaxed),
             kv_blocks_free: engine.kv_free.load(Relaxed),
+            kv_blocks_used_max: engine.kv_used_max.load(Relaxed),
+            kv_block_bytes: self.kv_page_bytes,
             requests_running: engine.running.load(Relaxed),
             requests_waiting: engine.waiting.load(Relaxed),
             lanes_total: runner.lanes_total as u32,

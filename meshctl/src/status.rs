@@ -86,6 +86,7 @@ fn node_json(n: &NodeStatus) -> Value {
 fn load_json(l: &NodeLoad) -> Value {
     json!({
         "kv_blocks_total": l.kv_blocks_total, "kv_blocks_free": l.kv_blocks_free,
+        "kv_blocks_used_max": l.kv_blocks_used_max, "kv_block_bytes": l.kv_block_bytes,
         "requests_running": l.requests_running, "requests_waiting": l.requests_waiting,
         "lanes_total": l.lanes_total, "lanes_free": l.lanes_free, "streams_open": l.streams_open,
         "steps": l.steps, "tokens": l.tokens, "rows": l.rows, "pairs": l.pairs,

@@ -212,6 +212,8 @@ pub struct EngineCounters {
     pub kv_total: AtomicU32,
     /// Pages that nobody holds (gauge).
     pub kv_free: AtomicU32,
+    /// Most pages that were held at once.
+    pub kv_used_max: AtomicU32,
     /// Requests with pages (gauge).
     pub running: AtomicU32,
     /// Requests that wait for pages (gauge).

@@ -178,6 +178,7 @@ impl<R: ModelRunner> Worker<R> {
         let kv = self.scheduler.kv();
         counters.kv_total.store(kv.total(), Relaxed);
         counters.kv_free.store(kv.free(), Relaxed);
+        counters.kv_used_max.store(kv.used_max(), Relaxed);
         counters.running.store(self.scheduler.running() as u32, Relaxed);
         counters.waiting.store(self.scheduler.waiting() as u32, Relaxed);
         counters.preemptions.store(self.scheduler.preemptions(), Relaxed);

@@ -270,8 +270,8 @@ impl<'a, S: Fn(&str)> Conductor<'a, S> {
         // Nor of a node that is struck out for the moment.
         let known = running.filter_map(|node| {
             let (process, pid) = (node.process(), node.process().pid());
-            let experts = if node.group() == Group::Router { Some(0) } else { held.get(&pid).copied() };
-            Some((process.name(), pid, experts?))
+            let work = if node.group() == Group::Router { Some(0) } else { held.get(&pid).copied() };
+            Some((process.name(), pid, work?))
         });
         self.watch.look(self.start.elapsed(), known);
     }
@@ -299,12 +299,14 @@ impl<'a, S: Fn(&str)> Conductor<'a, S> {
     }
 }
 
-/// Bytes of experts in each process's memory, as nodes told the router last.
+/// Bytes that its work put into each process's memory, as nodes told the router last: experts, and KV pages that were written.
 async fn held(grpc: &str) -> Option<BTreeMap<u32, u64>> {
     let status = Client::connect(grpc).await.ok()?.status().await.ok()?;
     let held = |node: &NodeStatus| {
         let load = node.load.as_ref()?;
-        Some((node.pid, u64::from(load.experts_in_memory).saturating_mul(load.expert_bytes)))
+        let experts = u64::from(load.experts_in_memory).saturating_mul(load.expert_bytes);
+        let kv = u64::from(load.kv_blocks_used_max).saturating_mul(load.kv_block_bytes);
+        Some((node.pid, experts.saturating_add(kv)))
     };
     Some(status.nodes.iter().filter_map(held).collect())
 }

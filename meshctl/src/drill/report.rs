@@ -286,7 +286,7 @@ impl Report {
         writeln!(
             text,
             "  {:<14} {:>8} {:>9} {settled:>12} {:>10} {:>16} {:>8}  handles",
-            "process", "pid", "ran s", "in the end", "beside experts", "growth"
+            "process", "pid", "ran s", "in the end", "beside work", "growth"
         )?;
         for p in &self.processes {
             let mb = |bytes: f64| bytes / 1e6;

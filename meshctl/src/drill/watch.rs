@@ -19,8 +19,9 @@ pub struct Sample {
     pub at: Duration,
     /// Resident memory, bytes.
     pub resident: u64,
-    /// Bytes of experts in its memory: they come and go with views.
-    pub experts: u64,
+    /// Bytes that its work put into its memory: experts, which come and go with views, and KV pages, of which the most were
+    /// written when the most sequences met.
+    pub work: u64,
     /// Open files, sockets included.
     pub handles: u64,
 }
@@ -49,15 +50,15 @@ impl Watch {
         at >= self.next
     }
 
-    /// Takes a sample of each process: name, pid, and bytes of the experts in its memory.
+    /// Takes a sample of each process: name, pid, and bytes that its work put into its memory.
     pub fn look<'a>(&mut self, at: Duration, processes: impl Iterator<Item = (&'a str, u32, u64)>) {
         self.next = at + EVERY;
-        for (who, pid, experts) in processes {
+        for (who, pid, work) in processes {
             // One that has just ended has nothing left to be read.
             let Some((resident, handles)) = usage(pid) else { continue };
             let watched = self.processes.entry(pid);
             let watched = watched.or_insert_with(|| Watched { who: who.to_owned(), pid, samples: Vec::new() });
-            watched.samples.push(Sample { at, resident, experts, handles });
+            watched.samples.push(Sample { at, resident, work, handles });
         }
     }
 
@@ -94,11 +95,11 @@ pub struct Usage {
     pub resident_settled: u64,
     /// In the end.
     pub resident_end: u64,
-    /// Bytes of experts in its memory when it had settled.
-    pub experts_settled: u64,
+    /// Bytes of experts and KV pages in its memory when it had settled.
+    pub work_settled: u64,
     /// In the end.
-    pub experts_end: u64,
-    /// Resident memory beside experts when it had settled, bytes: a median of its own, since experts come and go between samples.
+    pub work_end: u64,
+    /// Resident memory beside those when it had settled, bytes: a median of its own, since experts come and go between samples.
     pub own_settled: i64,
     /// In the end.
     pub own_end: i64,
@@ -109,14 +110,15 @@ pub struct Usage {
 }
 
 impl Sample {
-    /// Resident memory beside experts, bytes; below 0 where an expert was told of before it was read.
+    /// Resident memory beside experts and KV pages, bytes; below 0 where an expert was told of before it was read.
     fn own(&self) -> i64 {
-        i64::try_from(self.resident).unwrap_or(i64::MAX).saturating_sub_unsigned(self.experts)
+        i64::try_from(self.resident).unwrap_or(i64::MAX).saturating_sub_unsigned(self.work)
     }
 }
 
 impl Usage {
-    /// What memory grew by, beside the experts that views gave or took, as a share of all that it was; below 0 if it shrank.
+    /// What memory grew by, beside the experts that views gave or took and the KV pages that were first written, as a share of
+    /// all that it was; below 0 if it shrank.
     pub fn growth(&self) -> f64 {
         (self.own_end - self.own_settled) as f64 / self.resident_settled.max(1) as f64
     }
@@ -143,8 +145,8 @@ fn usage_of(process: &Watched, settle: Duration) -> Option<Usage> {
         watched_s,
         resident_settled: settled.resident,
         resident_end: end.resident,
-        experts_settled: settled.experts,
-        experts_end: end.experts,
+        work_settled: settled.work,
+        work_end: end.work,
         own_settled: settled.own,
         own_end: end.own,
         handles_settled: settled.handles,
@@ -155,7 +157,7 @@ fn usage_of(process: &Watched, settle: Duration) -> Option<Usage> {
 /// Medians of some samples, each of its own.
 struct Medians {
     resident: u64,
-    experts: u64,
+    work: u64,
     own: i64,
     handles: u64,
 }
@@ -165,7 +167,7 @@ impl Medians {
     fn of(samples: &[&Sample]) -> Option<Self> {
         Some(Self {
             resident: median(samples, |s| s.resident)?,
-            experts: median(samples, |s| s.experts)?,
+            work: median(samples, |s| s.work)?,
             own: median(samples, |s| s.own())?,
             handles: median(samples, |s| s.handles)?,
         })
@@ -183,7 +185,7 @@ mod tests {
     use super::*;
 
     fn process(seconds: u64, resident: impl Fn(u64) -> u64, handles: impl Fn(u64) -> u64) -> Watched {
-        let sample = |s| Sample { at: Duration::from_secs(s), resident: resident(s), experts: 0, handles: handles(s) };
+        let sample = |s| Sample { at: Duration::from_secs(s), resident: resident(s), work: 0, handles: handles(s) };
         Watched { who: "router".to_owned(), pid: 7, samples: (10..=10 + seconds).map(sample).collect() }
     }
 
@@ -209,9 +211,9 @@ mod tests {
     #[test]
     fn experts_that_the_view_gives_are_no_growth() {
         let mut given = process(100, |s| 1000 + if s < 60 { 0 } else { 300 }, |_| 1);
-        given.samples.iter_mut().for_each(|s| s.experts = if s.at.as_secs() < 60 { 400 } else { 700 });
+        given.samples.iter_mut().for_each(|s| s.work = if s.at.as_secs() < 60 { 400 } else { 700 });
         let found = usages(&[given], Duration::from_secs(20));
-        assert_eq!((found[0].resident_end, found[0].experts_end, found[0].growth()), (1300, 700, 0.0));
+        assert_eq!((found[0].resident_end, found[0].work_end, found[0].growth()), (1300, 700, 0.0));
     }
 
     #[test]
@@ -219,7 +221,7 @@ mod tests {
         // More often there in the end than in the beginning.
         let has = |s: u64| if s < 60 { s.is_multiple_of(3) } else { !s.is_multiple_of(3) };
         let mut process = process(100, |s| 1000 + if has(s) { 300 } else { 0 }, |_| 1);
-        process.samples.iter_mut().for_each(|s| s.experts = if has(s.at.as_secs()) { 300 } else { 0 });
+        process.samples.iter_mut().for_each(|s| s.work = if has(s.at.as_secs()) { 300 } else { 0 });
         let found = usages(&[process], Duration::from_secs(20));
         assert_eq!((found[0].resident_settled, found[0].resident_end, found[0].growth()), (1000, 1300, 0.0));
     }

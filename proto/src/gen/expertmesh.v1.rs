@@ -385,6 +385,11 @@ pub struct NodeLoad {
     /// that is served, and those of a view that is being prepared.
     #[prost(uint32, tag = "25")]
     pub experts_in_memory: u32,
+    /// Most KV pages that sequences of this attention node held at once, which is how many were ever written, and bytes of one.
+    #[prost(uint32, tag = "26")]
+    pub kv_blocks_used_max: u32,
+    #[prost(uint64, tag = "27")]
+    pub kv_block_bytes: u64,
 }
 /// Answers of one expert slot to one attention node.
 #[derive(Clone, Copy, PartialEq, ::prost::Message)]
