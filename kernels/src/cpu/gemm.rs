@@ -16,9 +16,7 @@ use crate::matrix::LANES;
 /// Outputs of a tile.
 pub(crate) const TILE_COLS: usize = TILE_BLOCKS * LANES;
 /// How far ahead of a single row's product the weights are asked for: the processor's own prefetchers stop at pages.
-const PREFETCH_BYTES: usize = 2048;
-/// Bytes of a step's weights, of one block.
-const STEP_BYTES: usize = LANES * 4;
+pub(crate) const PREFETCH_BYTES: usize = 2048;
 
 /// Fewer rows than this are never one of several passes: seven are four and three.
 const AHEAD_ROWS_MIN: usize = 3;
@@ -134,8 +132,7 @@ unsafe fn product_of_rows<S: Simd>(s: S, p: &Product<'_>, from: usize, to: usize
     while block < p.blocks.end {
         let blocks = TILE_BLOCKS.min(p.blocks.end - block);
         let weights = &p.weights[block * p.block_bytes..(block + blocks) * p.block_bytes];
-        let more = block + blocks < p.blocks.end;
-        let mut panel = Panel { weights: weights.as_ptr(), block_bytes: p.block_bytes, k: p.k, more, ahead: None };
+        let mut panel = Panel { weights: weights.as_ptr(), block_bytes: p.block_bytes, k: p.k, ahead: None };
         let passes = (to - from).div_ceil(rows_at_once);
         let (mut row, mut pass) = (from, 0);
         while row < to {
@@ -178,37 +175,12 @@ fn ahead(p: &Product<'_>, next: usize, passes: usize, pass: usize) -> Option<[*c
     Some([of(first), of(first + each - 1)])
 }
 
-/// What a single pass over blocks asks for: weights a few steps on, and in the last steps the first ones of the blocks that
-/// follow, which would otherwise wait for memory.
-#[derive(Clone, Copy)]
-pub(crate) struct StepsAhead {
-    last: usize,
-    to_next: usize,
-}
-
-impl StepsAhead {
-    /// For `steps` steps over `blocks` neighbouring blocks; `more` if others follow them.
-    #[inline(always)]
-    pub(crate) fn new(steps: usize, blocks: usize, block_bytes: usize, more: bool) -> StepsAhead {
-        let past = if more { blocks * block_bytes - steps * STEP_BYTES } else { 0 };
-        StepsAhead { last: steps.saturating_sub(PREFETCH_BYTES / STEP_BYTES), to_next: PREFETCH_BYTES + past }
-    }
-
-    /// How many bytes on from its own weights `step` asks.
-    #[inline(always)]
-    pub(crate) fn of(self, step: usize) -> usize {
-        if step < self.last { PREFETCH_BYTES } else { self.to_next }
-    }
-}
-
 /// Consecutive column blocks of weights.
 #[derive(Clone, Copy)]
 struct Panel {
     weights: *const u8,
     block_bytes: usize,
     k: usize,
-    /// Whether another panel follows.
-    more: bool,
     /// Blocks to ask for while these are multiplied.
     ahead: Option<[*const u8; 2]>,
 }
@@ -289,12 +261,11 @@ unsafe fn kernel<S: Simd, const BF16: bool, const MR: usize, const NR: usize, co
     unsafe {
         let w = panel.weights.add(first * panel.block_bytes);
         let steps = if BF16 { panel.k / 2 } else { panel.k };
-        let ahead = StepsAhead::new(steps, NR, panel.block_bytes, panel.more || first + NR < TILE_BLOCKS);
         for step in 0..steps {
             let at = w.add(step * LANES * 4);
             if !AHEAD {
                 for j in 0..NR {
-                    s.prefetch(at.wrapping_add(j * panel.block_bytes + ahead.of(step)));
+                    s.prefetch(at.wrapping_add(j * panel.block_bytes + PREFETCH_BYTES));
                 }
             }
             if AHEAD && let Some(ahead) = panel.ahead {

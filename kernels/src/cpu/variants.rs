@@ -9,7 +9,7 @@
 #![allow(clippy::needless_range_loop)]
 
 use super::attend::{self, Attend};
-use super::gemm::{self, Product, StepsAhead, TILE_COLS};
+use super::gemm::{self, PREFETCH_BYTES, Product, TILE_COLS};
 use super::simd::{Simd, TILE_BLOCKS};
 use crate::matrix::LANES;
 use crate::{Dtype, Term, bf16};
@@ -53,12 +53,10 @@ unsafe fn few<S: Simd, const BF16: bool, const MR: usize, const PARTS: usize>(s:
         // SAFETY: the panel was sliced; the rest is the caller's promise.
         unsafe {
             if blocks == TILE_BLOCKS && S::blocks(MR, BF16) == TILE_BLOCKS {
-                let more = block + blocks < p.blocks.end;
-                in_parts::<S, BF16, MR, TILE_BLOCKS, PARTS>(s, p, weights, &x, &mut tile, 0, more);
+                in_parts::<S, BF16, MR, TILE_BLOCKS, PARTS>(s, p, weights, &x, &mut tile, 0);
             } else {
                 for first in 0..blocks {
-                    let more = block + first + 1 < p.blocks.end;
-                    in_parts::<S, BF16, MR, 1, PARTS>(s, p, weights, &x, &mut tile, first, more);
+                    in_parts::<S, BF16, MR, 1, PARTS>(s, p, weights, &x, &mut tile, first);
                 }
             }
             for i in 0..MR {
@@ -70,7 +68,7 @@ unsafe fn few<S: Simd, const BF16: bool, const MR: usize, const PARTS: usize>(s:
 }
 
 /// # Safety
-/// As `few`, for blocks `first..first + NR` of the panel at `weights`; `more` if others follow them.
+/// As `few`, for blocks `first..first + NR` of the panel at `weights`.
 #[inline(always)]
 unsafe fn in_parts<S: Simd, const BF16: bool, const MR: usize, const NR: usize, const PARTS: usize>(
     s: S,
@@ -79,23 +77,21 @@ unsafe fn in_parts<S: Simd, const BF16: bool, const MR: usize, const NR: usize, 
     x: &[*const u8; MR],
     tile: &mut [[f32; TILE_COLS]; MR],
     first: usize,
-    more: bool,
 ) {
     let mut sums = [[[s.splat(0.0); NR]; MR]; PARTS];
     // SAFETY: every weight read lies in the blocks, every input in the first k elements of its row.
     unsafe {
         let w = weights.add(first * p.block_bytes);
         let steps = if BF16 { p.k.div_ceil(2) } else { p.k };
-        let ahead = StepsAhead::new(steps, NR, p.block_bytes, more);
         let mut step = 0;
         while step + PARTS <= steps {
             for part in 0..PARTS {
-                one_step::<S, BF16, MR, NR>(s, p, w, x, step + part, ahead, &mut sums[part]);
+                one_step::<S, BF16, MR, NR>(s, p, w, x, step + part, &mut sums[part]);
             }
             step += PARTS;
         }
         while step < steps {
-            one_step::<S, BF16, MR, NR>(s, p, w, x, step, ahead, &mut sums[0]);
+            one_step::<S, BF16, MR, NR>(s, p, w, x, step, &mut sums[0]);
             step += 1;
         }
         for i in 0..MR {
@@ -120,12 +116,11 @@ unsafe fn one_step<S: Simd, const BF16: bool, const MR: usize, const NR: usize>(
     w: *const u8,
     x: &[*const u8; MR],
     step: usize,
-    ahead: StepsAhead,
     sums: &mut [[S::V; NR]; MR],
 ) {
     let at = w.wrapping_add(step * LANES * 4);
     for j in 0..NR {
-        s.prefetch(at.wrapping_add(j * p.block_bytes + ahead.of(step)));
+        s.prefetch(at.wrapping_add(j * p.block_bytes + PREFETCH_BYTES));
     }
     // SAFETY: the caller's promise.
     unsafe {
