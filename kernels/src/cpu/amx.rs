@@ -361,7 +361,7 @@ enum Ahead {
 /// Steps of two blocks whose weights leave room in a first-level cache of 48 KiB.
 const CHUNK_STEPS: usize = 16;
 /// How many steps ahead a single tile of rows asks for weights.
-const AHEAD_STEPS: usize = 4;
+const AHEAD_STEPS: usize = 3;
 /// Bytes from one row of sums to the next.
 const SUMS_STRIDE: usize = TILE_COLS * size_of::<f32>();
 /// Asks for the sixteen lines of a tile, so many bytes ahead.
