@@ -96,6 +96,7 @@ mod tests {
             assert!(pages.iter().all(|page| *page < 5), "{pages:?}");
             kv.give_back(&mut pages);
         }
+        assert_eq!(kv.used_max(), 5, "as many as were held at once");
     }
 
     #[test]

@@ -2,7 +2,7 @@
 //!
 //! A state machine over any byte stream, without IO or clock: the caller reads at most [`Handshake::wanted`] bytes, hands
 //! them to [`Handshake::advance`], writes what [`Handshake::output`] has, and gives up at its own deadline. Every message has
-//! a fixed size, so a stranger is read for 1.2 KB at most. The messages are written down in `docs/PROTOCOL.md`.
+//! a fixed size, so a stranger is read for 2.2 KB at most. The messages are written down in `docs/PROTOCOL.md`.
 
 use hmac::{Hmac, Mac};
 use mesh_core::{NodeId, Role, Slot};
