@@ -205,8 +205,10 @@ async fn among_many_and_cancelled_ones_everyone_gets_what_they_get_alone() {
 #[tokio::test]
 async fn a_dropped_stream_frees_its_pages_before_the_next_step() {
     let rig = Rig::new(options());
-    rig.switch.set(|c| c.permits = Some(1));
+    // Both are there before the first step ends: else the second waits for a permit, and this for a stream that nobody serves.
+    rig.switch.set(|c| c.permits = Some(0));
     let (stays, mut leaves) = (rig.submit(request(1, 3, 2)), rig.submit(request(2, 4, 50)));
+    rig.switch.set(|c| c.permits = Some(1));
     while !matches!(next(&mut leaves).await, Some(Ok(Event::Token(_)))) {
         rig.switch.set(|c| c.permits = Some(1));
     }
