@@ -2,10 +2,45 @@
 
 use std::collections::VecDeque;
 
-use super::inbox::{CREDITS, Descriptor, HEAD_BYTES, PREFIX_BYTES, Payload, Token};
+use super::inbox::{CREDITS, HEAD_BYTES, PREFIX_BYTES, Payload, Prefix, Token};
 use crate::buffer::FrameBuf;
 use crate::fault::{Damage, Way};
 use crate::frame::{BodyCrc, FrameError, FrameHeader, HEADER_BYTES};
+
+/// A frame on its way out, cut into messages.
+#[derive(Debug)]
+pub struct Sending {
+    prefix: Prefix,
+    header: [u8; HEADER_BYTES],
+    body: FrameBuf,
+}
+
+impl Sending {
+    /// The next message: its active-message header, written to `head`, and its part of the body, `part_bytes` of it at most.
+    pub fn next<'a>(&self, part_bytes: usize, head: &'a mut [u8; HEAD_BYTES]) -> (&'a [u8], &[u8]) {
+        let at = self.prefix.offset;
+        head[..PREFIX_BYTES].copy_from_slice(&self.prefix.encode());
+        head[PREFIX_BYTES..].copy_from_slice(&self.header);
+        let head_bytes = if at == 0 { HEAD_BYTES } else { PREFIX_BYTES };
+        (&head[..head_bytes], &self.body[at..self.body.len().min(at.saturating_add(part_bytes))])
+    }
+
+    /// `bytes` of the body are with UCX; whether that was the rest.
+    pub fn advance(&mut self, bytes: usize) -> bool {
+        self.prefix.offset += bytes;
+        self.is_sent()
+    }
+
+    /// Bytes of the whole frame.
+    pub fn bytes(&self) -> usize {
+        HEADER_BYTES + self.body.len()
+    }
+
+    /// Whether the whole body is with UCX.
+    pub fn is_sent(&self) -> bool {
+        self.prefix.offset >= self.body.len()
+    }
+}
 
 /// Frames on their way out of one channel.
 #[derive(Debug)]
@@ -14,13 +49,15 @@ pub struct Outgoing {
     theirs: Token,
     sent: u64,
     acked: u64,
+    /// Whether UCX took a part of a frame and has no room for the next.
+    halted: bool,
     waiting: VecDeque<([u8; HEADER_BYTES], FrameBuf)>,
 }
 
 impl Outgoing {
     /// To a peer that calls the channel `theirs`.
     pub fn new(theirs: Token) -> Self {
-        Self { theirs, sent: 0, acked: 0, waiting: VecDeque::new() }
+        Self { theirs, sent: 0, acked: 0, halted: false, waiting: VecDeque::new() }
     }
 
     /// The name that the peer gave the channel.
@@ -38,31 +75,20 @@ impl Outgoing {
         self.waiting.push_back((header, body));
     }
 
-    /// The active-message header of a frame that may go at once; none when it must wait behind others or for credit.
-    pub fn straight(&mut self, header: &[u8; HEADER_BYTES]) -> Option<[u8; HEAD_BYTES]> {
-        (self.waiting.is_empty() && self.has_credit()).then(|| self.number(header))
+    /// Whether UCX is in the middle of a frame, which others must not overtake.
+    pub fn halt(&mut self, halted: bool) {
+        self.halted = halted;
     }
 
-    /// The next frame that the peer has credit for, with its active-message header.
-    pub fn next(&mut self) -> Option<([u8; HEAD_BYTES], FrameBuf)> {
-        if !self.has_credit() {
+    /// The next frame that may go.
+    pub fn next(&mut self) -> Option<Sending> {
+        if self.halted || self.sent - self.acked >= CREDITS {
             return None;
         }
         let (header, body) = self.waiting.pop_front()?;
-        Some((self.number(&header), body))
-    }
-
-    fn has_credit(&self) -> bool {
-        self.sent - self.acked < CREDITS
-    }
-
-    fn number(&mut self, header: &[u8; HEADER_BYTES]) -> [u8; HEAD_BYTES] {
-        let mut head = [0; HEAD_BYTES];
-        head[..8].copy_from_slice(&self.theirs.0.to_le_bytes());
-        head[8..PREFIX_BYTES].copy_from_slice(&self.sent.to_le_bytes());
-        head[PREFIX_BYTES..].copy_from_slice(header);
+        let prefix = Prefix { token: self.theirs, number: self.sent, offset: 0, body_bytes: body.len() };
         self.sent += 1;
-        head
+        Some(Sending { prefix, header, body })
     }
 
     /// The peer says that it has taken `count` frames in all; false if it cannot have.
@@ -80,13 +106,11 @@ type Head = (FrameHeader, BodyCrc);
 /// Where a frame on its way in has got to.
 #[derive(Debug)]
 enum Place {
-    /// Nothing of it is here.
+    /// It is not here, or not all of it.
     Absent,
     /// It has no buffer yet.
-    Unbuffered(Head, Payload),
-    /// It is being fetched.
-    Fetching(Head),
-    /// It is whole.
+    Unbuffered(Head, Vec<u8>),
+    /// It is where it belongs.
     Whole(Head, FrameBuf),
 }
 
@@ -99,24 +123,6 @@ pub struct Incoming {
     places: VecDeque<Place>,
     /// How many of `places` have no buffer.
     unbuffered: usize,
-}
-
-/// What is to be done about a frame that came in.
-#[derive(Debug)]
-pub enum Step {
-    /// It is whole: deliver it when it is its turn.
-    Deliver,
-    /// Find it a buffer when there is one.
-    NeedsBuffer,
-    /// Fetch frame `number` into `body`.
-    Fetch {
-        /// Which frame.
-        number: u64,
-        /// What UCX knows it by.
-        descriptor: Descriptor,
-        /// Where it goes.
-        body: FrameBuf,
-    },
 }
 
 /// What a peer got wrong.
@@ -136,88 +142,57 @@ pub enum Wrong {
 }
 
 impl Incoming {
-    /// A frame arrived.
+    /// A frame arrived; whether it has its buffer.
     ///
     /// # Errors
-    /// What is wrong with it, and the payload if UCX must be given it back.
+    /// What is wrong with it.
     pub fn arrived(
         &mut self,
         number: u64,
         header: &[u8; HEADER_BYTES],
         payload: Payload,
         body_bytes_max: usize,
-    ) -> Result<Step, (Wrong, Payload)> {
-        let head = match FrameHeader::decode(header, body_bytes_max) {
-            Ok(head) => head,
-            Err(error) => return Err((Wrong::Frame(error), payload)),
-        };
+    ) -> Result<bool, Wrong> {
+        let head = FrameHeader::decode(header, body_bytes_max).map_err(Wrong::Frame)?;
         let (said, came) = (head.0.body_bytes as usize, payload.bytes());
         if said != came {
-            return Err((Wrong::Length { header: said, body: came }, payload));
+            return Err(Wrong::Length { header: said, body: came });
         }
         let at = number.checked_sub(self.delivered).filter(|at| *at < CREDITS).map(|at| at as usize);
-        let Some(at) = at else { return Err((Wrong::Number(number), payload)) };
+        let at = at.ok_or(Wrong::Number(number))?;
         while self.places.len() <= at {
             self.places.push_back(Place::Absent);
         }
         if !matches!(self.places[at], Place::Absent) {
-            return Err((Wrong::Number(number), payload));
+            return Err(Wrong::Number(number));
         }
-        let (place, step) = match payload {
-            Payload::Whole(body) => (Place::Whole(head, body), Step::Deliver),
-            Payload::Remote { descriptor, body: Some(body), .. } => {
-                (Place::Fetching(head), Step::Fetch { number, descriptor, body })
-            }
-            payload => {
-                self.unbuffered += 1;
-                (Place::Unbuffered(head, payload), Step::NeedsBuffer)
-            }
+        let buffered = matches!(payload, Payload::Placed(_));
+        self.unbuffered += usize::from(!buffered);
+        self.places[at] = match payload {
+            Payload::Placed(body) => Place::Whole(head, body),
+            Payload::Beside(bytes) => Place::Unbuffered(head, bytes),
         };
-        self.places[at] = place;
-        Ok(step)
+        Ok(buffered)
     }
 
-    /// Finds a buffer for the next frame that lacks one, with `take(number, bytes)`; none when there is no such frame or
-    /// no buffer.
-    pub fn buffer_next(&mut self, take: impl FnOnce(u64, usize) -> Option<FrameBuf>) -> Option<Step> {
+    /// Finds a buffer for the next frame that lacks one, with `take(number, bytes)`; false when there is no such frame or no
+    /// buffer.
+    pub fn buffer_next(&mut self, take: impl FnOnce(u64, usize) -> Option<FrameBuf>) -> bool {
         if self.unbuffered == 0 {
-            return None;
+            return false;
         }
-        let at = self.places.iter().position(|place| matches!(place, Place::Unbuffered(..) | Place::Absent))?;
-        let number = self.delivered + at as u64;
-        let Place::Unbuffered(head, payload) = std::mem::replace(&mut self.places[at], Place::Absent) else {
-            return None;
-        };
-        let Some(mut body) = take(number, payload.bytes()) else {
-            self.places[at] = Place::Unbuffered(head, payload);
-            return None;
-        };
+        let next = self.places.iter().position(|place| !matches!(place, Place::Whole(..)));
+        let Some((at, Place::Unbuffered(head, bytes))) = next.map(|at| (at, &self.places[at])) else { return false };
+        let Some(mut body) = take(self.delivered + at as u64, bytes.len()) else { return false };
+        body.copy_from_slice(bytes);
+        self.places[at] = Place::Whole(*head, body);
         self.unbuffered -= 1;
-        let (place, step) = match payload {
-            Payload::Whole(body) => (Place::Whole(head, body), Step::Deliver),
-            Payload::Copied(bytes) => {
-                body.copy_from_slice(&bytes);
-                (Place::Whole(head, body), Step::Deliver)
-            }
-            Payload::Remote { descriptor, .. } => (Place::Fetching(head), Step::Fetch { number, descriptor, body }),
-        };
-        self.places[at] = place;
-        Some(step)
+        true
     }
 
     /// Whether a frame is here that lacks a buffer.
     pub fn is_starving(&self) -> bool {
         self.unbuffered > 0
-    }
-
-    /// Frame `number` was fetched.
-    pub fn fetched(&mut self, number: u64, body: FrameBuf) {
-        let at = number.checked_sub(self.delivered).and_then(|at| self.places.get_mut(at as usize));
-        if let Some(place) = at
-            && let Place::Fetching(head) = *place
-        {
-            *place = Place::Whole(head, body);
-        }
     }
 
     /// The next frame in order, if it is whole, or what is wrong with its body.
@@ -243,14 +218,6 @@ impl Incoming {
         self.acknowledged = self.delivered;
         Some(self.delivered)
     }
-
-    /// What UCX keeps for frames that will not be delivered any more.
-    pub fn into_descriptors(self) -> impl Iterator<Item = Descriptor> {
-        self.places.into_iter().filter_map(|place| match place {
-            Place::Unbuffered(_, payload) => payload.into_descriptor(),
-            _ => None,
-        })
-    }
 }
 
 #[cfg(test)]
@@ -267,8 +234,8 @@ mod tests {
         FrameHeader::probe(Slot(1)).encode(&[])
     }
 
-    fn arrive(incoming: &mut Incoming, number: u64) -> Result<Step, (Wrong, Payload)> {
-        incoming.arrived(number, &header(), Payload::Whole(FrameBuf::empty()), BODY_BYTES_MAX)
+    fn arrive(incoming: &mut Incoming, number: u64) -> Result<bool, Wrong> {
+        incoming.arrived(number, &header(), Payload::Placed(FrameBuf::empty()), BODY_BYTES_MAX)
     }
 
     #[test]
@@ -287,11 +254,11 @@ mod tests {
     fn a_number_seen_before_or_beyond_the_credits_is_refused() {
         let mut incoming = Incoming::default();
         arrive(&mut incoming, 0).unwrap();
-        assert_eq!(arrive(&mut incoming, 0).unwrap_err().0, Wrong::Number(0));
+        assert_eq!(arrive(&mut incoming, 0).unwrap_err(), Wrong::Number(0));
         incoming.next(&mut Damage::default()).unwrap().unwrap();
-        assert_eq!(arrive(&mut incoming, 0).unwrap_err().0, Wrong::Number(0));
+        assert_eq!(arrive(&mut incoming, 0).unwrap_err(), Wrong::Number(0));
         arrive(&mut incoming, CREDITS).unwrap();
-        assert_eq!(arrive(&mut incoming, CREDITS + 1).unwrap_err().0, Wrong::Number(CREDITS + 1));
+        assert_eq!(arrive(&mut incoming, CREDITS + 1).unwrap_err(), Wrong::Number(CREDITS + 1));
     }
 
     #[test]
@@ -309,7 +276,7 @@ mod tests {
             ..FrameHeader::probe(Slot(1))
         };
         arrive(&mut incoming, 0).unwrap();
-        incoming.arrived(1, &row.encode(&body), Payload::Whole(body), BODY_BYTES_MAX).unwrap();
+        incoming.arrived(1, &row.encode(&body), Payload::Placed(body), BODY_BYTES_MAX).unwrap();
         assert!(incoming.next(&mut damage).unwrap().is_ok(), "a frame without a body");
         assert!(matches!(incoming.next(&mut damage), Some(Err(FrameError::BadBodyCrc { .. }))));
     }
@@ -319,10 +286,10 @@ mod tests {
         let mut incoming = Incoming::default();
         let mut damaged = header();
         damaged[20] ^= 1;
-        let refused = incoming.arrived(0, &damaged, Payload::Copied(Vec::new()), BODY_BYTES_MAX);
-        assert!(matches!(refused, Err((Wrong::Frame(_), _))));
-        let refused = incoming.arrived(0, &header(), Payload::Copied(vec![0; 5]), BODY_BYTES_MAX);
-        assert!(matches!(refused, Err((Wrong::Length { header: 0, body: 5 }, _))));
+        let refused = incoming.arrived(0, &damaged, Payload::Beside(Vec::new()), BODY_BYTES_MAX);
+        assert!(matches!(refused, Err(Wrong::Frame(_))));
+        let refused = incoming.arrived(0, &header(), Payload::Beside(vec![0; 5]), BODY_BYTES_MAX);
+        assert!(matches!(refused, Err(Wrong::Length { header: 0, body: 5 })));
     }
 
     #[test]
@@ -330,17 +297,14 @@ mod tests {
         let window = Window::new(4, BODY_BYTES_MAX);
         let mut incoming = Incoming::default();
         for number in [1, 0] {
-            incoming.arrived(number, &header(), Payload::Copied(Vec::new()), BODY_BYTES_MAX).unwrap();
+            incoming.arrived(number, &header(), Payload::Beside(Vec::new()), BODY_BYTES_MAX).unwrap();
         }
-        assert!(incoming.buffer_next(|_, _| None).is_none(), "the window is full");
+        assert!(!incoming.buffer_next(|_, _| None), "the window is full");
         let mut asked = Vec::new();
-        while incoming
-            .buffer_next(|number, bytes| {
-                asked.push(number);
-                window.take_received(bytes).ok()
-            })
-            .is_some()
-        {}
+        while incoming.buffer_next(|number, bytes| {
+            asked.push(number);
+            window.take_received(bytes).ok()
+        }) {}
         assert_eq!(asked, [0, 1]);
         assert_eq!(std::iter::from_fn(|| incoming.next(&mut Damage::default())).count(), 2);
     }
@@ -360,8 +324,44 @@ mod tests {
         while outgoing.next().is_some() {}
         assert!(outgoing.acknowledge(3));
         assert!(outgoing.acknowledge(2), "an older one changes nothing");
-        assert!(outgoing.straight(&header()).is_none(), "others wait");
+        outgoing.halt(true);
+        assert!(outgoing.next().is_none(), "in the middle of a frame");
+        outgoing.halt(false);
         assert_eq!(std::iter::from_fn(|| outgoing.next()).count(), 3);
+    }
+
+    #[test]
+    fn a_frame_is_cut_into_parts_that_say_where_they_belong() {
+        let mut body = Window::new(2, BODY_BYTES_MAX).take(10).unwrap();
+        body.iter_mut().enumerate().for_each(|(at, byte)| *byte = at as u8);
+        for (part_bytes, ends) in [(4, vec![4, 8, 10]), (10, vec![10]), (usize::MAX, vec![10])] {
+            let mut outgoing = Outgoing::new(Token(7));
+            let mut copy = Window::new(2, BODY_BYTES_MAX).take(10).unwrap();
+            copy.copy_from_slice(&body);
+            outgoing.push(header(), copy);
+            let mut frame = outgoing.next().unwrap();
+            let mut reached = Vec::new();
+            loop {
+                let mut kept = [0; HEAD_BYTES];
+                let (head, part) = frame.next(part_bytes, &mut kept);
+                let at = frame.prefix.offset;
+                let prefix = Prefix { token: Token(7), number: 0, offset: at, body_bytes: 10 };
+                assert_eq!(head[..PREFIX_BYTES], prefix.encode());
+                assert_eq!(head[PREFIX_BYTES..], if at == 0 { header().to_vec() } else { Vec::new() });
+                assert_eq!(part, &body[at..at + part.len()]);
+                reached.push(at + part.len());
+                let bytes = part.len();
+                if frame.advance(bytes) {
+                    break;
+                }
+            }
+            assert_eq!(reached, ends);
+        }
+        let mut outgoing = Outgoing::new(Token(7));
+        outgoing.push(header(), FrameBuf::empty());
+        let mut empty = outgoing.next().unwrap();
+        assert_eq!(empty.next(4, &mut [0; HEAD_BYTES]).1, [0_u8; 0]);
+        assert!(empty.advance(0), "a frame without a body is one message");
     }
 
     #[test]

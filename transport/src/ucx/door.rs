@@ -34,6 +34,8 @@ pub struct Entered {
     pub identity: Identity,
     /// What we name the channel to it.
     pub theirs: Token,
+    /// Whether it runs where it can share memory with us.
+    pub same_host: bool,
     /// Where its worker is.
     pub address: Vec<u8>,
     /// Who and where it is, in words.
@@ -296,8 +298,9 @@ impl Guest {
     /// The peer, if there was a place for it.
     fn enter(self, ours: &Greeting, identity: Identity, theirs: Greeting) -> Option<Entered> {
         let name = format!("node {:x} ({:?} {}, {})", identity.node.0, identity.role, identity.slot.0, self.from);
+        let same_host = theirs.shares_host_with(ours);
         let (theirs, address) = (theirs.token, theirs.address_for(ours));
-        Some(Entered { stream: self.stream, token: self.token?, identity, theirs, address, name })
+        Some(Entered { stream: self.stream, token: self.token?, identity, theirs, same_host, address, name })
     }
 }
 

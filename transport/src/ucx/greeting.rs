@@ -3,7 +3,7 @@
 use super::inbox::Token;
 
 /// Version of this blob; two nodes of different versions do not talk.
-const VERSION: u8 = 2;
+const VERSION: u8 = 3;
 /// Bytes before the worker's addresses.
 const FIXED_BYTES: usize = 1 + 16 + 8 + 2;
 /// The longest worker address that is accepted. UCX's grow with the number of network devices: 100 to 1000 bytes.
@@ -58,9 +58,14 @@ impl Greeting {
         Ok(Self { host, token, address: address.to_owned(), network_address: network_address.to_owned() })
     }
 
+    /// Whether it can share memory with `other`.
+    pub fn shares_host_with(&self, other: &Greeting) -> bool {
+        self.host == other.host
+    }
+
     /// Where `other` finds this end.
     pub fn address_for(self, other: &Greeting) -> Vec<u8> {
-        if self.host == other.host { self.address } else { self.network_address }
+        if self.shares_host_with(other) { self.address } else { self.network_address }
     }
 }
 
@@ -122,7 +127,7 @@ mod tests {
         }
         let mut newer = bytes;
         newer[0] += 1;
-        assert!(Greeting::decode(&newer).unwrap_err().contains("version 3"));
+        assert!(Greeting::decode(&newer).unwrap_err().contains(&format!("version {}", VERSION + 1)));
     }
 
     #[test]

@@ -13,9 +13,12 @@ use ucx_sys as sys;
 use crate::buffer::{FrameBuf, Window};
 use crate::frame::HEADER_BYTES;
 
-/// Bytes before the frame's own header in an active message: the receiver's token, then the message's number.
-pub const PREFIX_BYTES: usize = 16;
-/// Bytes of the active-message header of a frame.
+/// Bytes of the active-message header of an acknowledgement: the receiver's token, then how many frames were taken.
+pub const ACK_BYTES: usize = 16;
+/// Bytes that a frame's every active message begins with: the receiver's token, the frame's number, where in the body the
+/// message's part of it goes, and the body's length.
+pub const PREFIX_BYTES: usize = 24;
+/// Bytes of the active-message header of a frame's first message: the prefix, then the frame's own header.
 pub const HEAD_BYTES: usize = PREFIX_BYTES + HEADER_BYTES;
 /// Frames that a peer may have under way or undelivered here; it waits for an acknowledgement before it sends more.
 pub const CREDITS: u64 = 64;
@@ -38,47 +41,30 @@ impl Token {
     }
 }
 
-/// Data that UCX keeps for us until it is received or released; see `Worker::receive` and `Worker::release`.
-#[derive(Debug)]
-pub struct Descriptor(pub *mut c_void);
-
-// SAFETY: an opaque handle that only the worker's owner passes back to UCX, wherever it has been moved.
-unsafe impl Send for Descriptor {}
-
 /// The body of an arrival.
 #[derive(Debug)]
 pub enum Payload {
-    /// All here, in the window.
-    Whole(FrameBuf),
-    /// All here, but the window was full or an earlier frame must have its buffer first.
-    Copied(Vec<u8>),
-    /// Still with the sender, to be fetched into `body` when there is one.
-    Remote {
-        /// What UCX knows it by.
-        descriptor: Descriptor,
-        /// Its length.
-        bytes: usize,
-        /// Where it goes.
-        body: Option<FrameBuf>,
-    },
+    /// In the window.
+    Placed(FrameBuf),
+    /// Beside it: the window was full, or an earlier frame must have its buffer first.
+    Beside(Vec<u8>),
 }
 
 impl Payload {
     /// The body's length.
     pub fn bytes(&self) -> usize {
         match self {
-            Payload::Whole(body) => body.len(),
-            Payload::Copied(bytes) => bytes.len(),
-            Payload::Remote { bytes, .. } => *bytes,
+            Payload::Placed(body) => body.len(),
+            Payload::Beside(bytes) => bytes.len(),
         }
     }
 
-    /// What UCX must be given back if the body is not wanted.
-    pub fn into_descriptor(self) -> Option<Descriptor> {
-        match self {
-            Payload::Remote { descriptor, .. } => Some(descriptor),
-            Payload::Whole(_) | Payload::Copied(_) => None,
-        }
+    fn fill(&mut self, offset: usize, part: &[u8]) {
+        let body: &mut [u8] = match self {
+            Payload::Placed(body) => body,
+            Payload::Beside(bytes) => bytes,
+        };
+        body[offset..offset + part.len()].copy_from_slice(part);
     }
 }
 
@@ -91,7 +77,7 @@ pub enum Arrival {
         number: u64,
         /// The frame's header, unchecked.
         header: [u8; HEADER_BYTES],
-        /// Its body.
+        /// Its body, whole.
         payload: Payload,
     },
     /// The peer has taken this many of our frames.
@@ -109,8 +95,21 @@ struct Admission {
     /// The number of the next frame that may take a buffer: buffers go out in the order of delivery, so that a frame
     /// that waits for one never waits for a later frame.
     next_buffer: u64,
-    /// Frames let in and not delivered.
+    /// Frames let in whole and not delivered.
     undelivered: u64,
+    /// Frames of which not all is here.
+    parts: Vec<Partial>,
+}
+
+/// A frame of which not all is here.
+#[derive(Debug)]
+struct Partial {
+    number: u64,
+    header: Option<[u8; HEADER_BYTES]>,
+    payload: Payload,
+    /// Bytes of the body that came. Where they went is not remembered: a peer that sends the same ones twice has left
+    /// others out, which the body's CRC shows.
+    came: usize,
 }
 
 #[derive(Debug)]
@@ -146,7 +145,8 @@ impl Inbox {
         let mut state = self.0.borrow_mut();
         let place = state.admitted.iter().position(Option::is_none)?;
         let token = Token::new(random, place as u16);
-        state.admitted[place] = Some(Admission { token, proven: false, next_buffer: 0, undelivered: 0 });
+        state.admitted[place] =
+            Some(Admission { token, proven: false, next_buffer: 0, undelivered: 0, parts: Vec::new() });
         Some(token)
     }
 
@@ -207,46 +207,39 @@ impl Inbox {
         self.0.borrow_mut().buffer(token, number, bytes)
     }
 
-    /// A frame's callback: whether UCX shall keep the data for us.
-    fn frame(&self, head: &[u8], data: Data<'_>) -> bool {
+    /// A message's callback.
+    fn frame(&self, head: &[u8], part: Part<'_>) {
         // The only way to fail is a borrow held across a call into UCX, which the module rules out.
-        let Ok(mut state) = self.0.try_borrow_mut() else { return false };
-        let Some((token, number)) = prefix(head) else {
+        let Ok(mut state) = self.0.try_borrow_mut() else { return };
+        let Some((prefix, header)) = head.split_first_chunk().map(|(prefix, rest)| (Prefix::decode(prefix), rest))
+        else {
             state.unknown += 1;
-            return false;
+            return;
         };
+        let token = prefix.token;
         let body_bytes_max = state.body_bytes_max;
         let Some(peer) = state.peer(token) else {
             state.unknown += 1;
-            return false;
+            return;
         };
-        if let Some(why) = peer.refusal(head, number, data.bytes(), body_bytes_max) {
-            // Once is enough: whatever else the peer has sent is for no channel of ours.
-            state.admitted[token.place()] = None;
-            state.arrivals.push_back((token, Arrival::Violation(why)));
-            return false;
+        let let_in = match part {
+            Part::Here(part) => peer.refusal(&prefix, header, part, body_bytes_max).map_or(Ok(part), Err),
+            Part::Elsewhere => Err("a body that is to be fetched"),
+        };
+        match let_in {
+            Ok(part) => state.take_in(&prefix, header, part),
+            Err(why) => {
+                // Once is enough: whatever else the peer has sent is for no channel of ours.
+                state.admitted[token.place()] = None;
+                state.arrivals.push_back((token, Arrival::Violation(why)));
+            }
         }
-        peer.undelivered += 1;
-        let mut header = [0; HEADER_BYTES];
-        header.copy_from_slice(&head[PREFIX_BYTES..]);
-        let body = state.buffer(token, number, data.bytes());
-        let (payload, keep) = match (data, body) {
-            (Data::Here(bytes), Some(mut body)) => {
-                body.copy_from_slice(bytes);
-                (Payload::Whole(body), false)
-            }
-            (Data::Here(bytes), None) => (Payload::Copied(bytes.to_vec()), false),
-            (Data::Remote(descriptor, bytes), body) => {
-                (Payload::Remote { descriptor: Descriptor(descriptor), bytes, body }, true)
-            }
-        };
-        state.arrivals.push_back((token, Arrival::Frame { number, header, payload }));
-        keep
     }
 
     fn ack(&self, head: &[u8]) {
         let Ok(mut state) = self.0.try_borrow_mut() else { return };
-        match prefix(head) {
+        let head: Option<&[u8; ACK_BYTES]> = head.try_into().ok();
+        match head.map(|head| (Token(u64_at(head, 0)), u64_at(head, 8))) {
             Some((token, count)) if state.peer(token).is_some() => {
                 state.arrivals.push_back((token, Arrival::Ack(count)));
             }
@@ -267,43 +260,104 @@ impl State {
         peer.next_buffer += 1;
         Some(body)
     }
+
+    /// Puts a part, which was not refused, where it belongs; if its frame is whole by that, the frame has arrived.
+    fn take_in(&mut self, prefix: &Prefix, header: &[u8], part: &[u8]) {
+        let &Prefix { token, number, offset, body_bytes } = prefix;
+        let begun = self.peer(token).and_then(|peer| {
+            let at = peer.parts.iter().position(|partial| partial.number == number)?;
+            Some(peer.parts.swap_remove(at))
+        });
+        let mut partial = begun.unwrap_or_else(|| {
+            let payload = match self.buffer(token, number, body_bytes) {
+                Some(body) => Payload::Placed(body),
+                None => Payload::Beside(vec![0; body_bytes]),
+            };
+            Partial { number, header: None, payload, came: 0 }
+        });
+        partial.payload.fill(offset, part);
+        partial.came += part.len();
+        partial.header = header.try_into().ok().or(partial.header);
+        let Some(peer) = self.peer(token) else { return };
+        match partial {
+            Partial { header: Some(header), payload, came, .. } if came >= body_bytes => {
+                peer.undelivered += 1;
+                self.arrivals.push_back((token, Arrival::Frame { number, header, payload }));
+            }
+            partial => peer.parts.push(partial),
+        }
+    }
 }
 
 impl Admission {
-    /// Why a frame is not let in. Every bound on what a peer can make us hold is here.
-    fn refusal(&self, head: &[u8], number: u64, bytes: usize, body_bytes_max: usize) -> Option<&'static str> {
-        if head.len() != HEAD_BYTES {
+    /// Why a part of a frame is not let in. Every bound on what a peer can make us hold is here.
+    fn refusal(&self, prefix: &Prefix, header: &[u8], part: &[u8], body_bytes_max: usize) -> Option<&'static str> {
+        let &Prefix { number, offset, body_bytes, .. } = prefix;
+        if header.len() != if offset == 0 { HEADER_BYTES } else { 0 } {
             return Some("a frame's header has the wrong length");
         }
-        if bytes > body_bytes_max {
+        if body_bytes > body_bytes_max {
             return Some("a frame's body is longer than the agreed bound");
         }
-        if self.undelivered >= CREDITS || number.saturating_sub(self.next_buffer) > CREDITS {
-            return Some("more frames than there are credits");
+        if offset.saturating_add(part.len()) > body_bytes || (part.is_empty() && body_bytes > 0) {
+            return Some("a part of a frame's body lies outside of it");
         }
-        None
+        match self.parts.iter().find(|partial| partial.number == number) {
+            Some(partial) if partial.payload.bytes() != body_bytes => {
+                Some("parts of a frame disagree about its length")
+            }
+            Some(_) => None,
+            None if self.undelivered + self.parts.len() as u64 >= CREDITS
+                || number.saturating_sub(self.next_buffer) > CREDITS =>
+            {
+                Some("more frames than there are credits")
+            }
+            None => None,
+        }
     }
 }
 
 /// The data of a callback.
-enum Data<'a> {
+enum Part<'a> {
     Here(&'a [u8]),
-    Remote(*mut c_void, usize),
+    /// Still with the sender: a rendezvous, which nobody asks for who speaks this protocol.
+    Elsewhere,
 }
 
-impl Data<'_> {
-    fn bytes(&self) -> usize {
-        match self {
-            Data::Here(bytes) => bytes.len(),
-            Data::Remote(_, bytes) => *bytes,
-        }
+/// What each message of a frame begins with.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Prefix {
+    /// The receiver's name for the channel.
+    pub token: Token,
+    /// The frame's number on its channel.
+    pub number: u64,
+    /// Where in the body the message's part goes.
+    pub offset: usize,
+    /// The body's length.
+    pub body_bytes: usize,
+}
+
+impl Prefix {
+    /// As bytes. Bodies are shorter than 4 GiB ([`crate::frame::FrameHeader::body_bytes`]).
+    pub fn encode(&self) -> [u8; PREFIX_BYTES] {
+        let mut bytes = [0; PREFIX_BYTES];
+        bytes[..8].copy_from_slice(&self.token.0.to_le_bytes());
+        bytes[8..16].copy_from_slice(&self.number.to_le_bytes());
+        bytes[16..20].copy_from_slice(&(self.offset as u32).to_le_bytes());
+        bytes[20..].copy_from_slice(&(self.body_bytes as u32).to_le_bytes());
+        bytes
+    }
+
+    /// From bytes.
+    fn decode(bytes: &[u8; PREFIX_BYTES]) -> Self {
+        let lengths = u64_at(bytes, 16);
+        let (offset, body_bytes) = (lengths as u32 as usize, (lengths >> 32) as usize);
+        Self { token: Token(u64_at(bytes, 0)), number: u64_at(bytes, 8), offset, body_bytes }
     }
 }
 
-fn prefix(head: &[u8]) -> Option<(Token, u64)> {
-    let token = head.get(..8)?.try_into().ok()?;
-    let number = head.get(8..PREFIX_BYTES)?.try_into().ok()?;
-    Some((Token(u64::from_le_bytes(token)), u64::from_le_bytes(number)))
+fn u64_at<const N: usize>(bytes: &[u8; N], at: usize) -> u64 {
+    u64::from_le_bytes(std::array::from_fn(|byte| bytes[at + byte]))
 }
 
 /// A C pointer and length as a slice; an empty one may come as null.
@@ -335,15 +389,14 @@ pub unsafe extern "C" fn on_frame(
     // SAFETY: UCX says so, for the length of the callback.
     let head = unsafe { slice(header, header_length) };
     let remote = attr & u64::from(sys::ucp_am_recv_attr_t::UCP_AM_RECV_ATTR_FLAG_RNDV.0) != 0;
-    let data = match remote {
-        true => Data::Remote(data, length),
+    let part = match remote {
+        true => Part::Elsewhere,
         // SAFETY: without the rendezvous flag, `data` is `length` readable bytes for the length of the callback.
-        false => Data::Here(unsafe { slice(data, length) }),
+        false => Part::Here(unsafe { slice(data, length) }),
     };
-    match inbox.frame(head, data) {
-        true => sys::ucs_status_t::UCS_INPROGRESS,
-        false => sys::ucs_status_t::UCS_OK,
-    }
+    inbox.frame(head, part);
+    // UCX keeps nothing for us.
+    sys::ucs_status_t::UCS_OK
 }
 
 /// UCX's callback for an acknowledgement; `arg` is the [`Inbox`].

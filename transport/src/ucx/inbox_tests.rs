@@ -8,15 +8,19 @@ fn inbox(bodies: usize) -> Inbox {
     Inbox::new(Window::new(bodies, BODY_BYTES_MAX), BODY_BYTES_MAX, 4)
 }
 
-fn head(token: Token, number: u64) -> [u8; HEAD_BYTES] {
-    let mut head = [0; HEAD_BYTES];
-    head[..8].copy_from_slice(&token.0.to_le_bytes());
-    head[8..PREFIX_BYTES].copy_from_slice(&number.to_le_bytes());
-    head
+/// One message: a part of frame `number` of `body_bytes`, with the frame's header if `offset` is 0.
+fn part(inbox: &Inbox, token: Token, number: u64, (offset, body_bytes): (usize, usize), part: &[u8]) {
+    let mut head = Prefix { token, number, offset, body_bytes }.encode().to_vec();
+    head.extend_from_slice(if offset == 0 { &[9; HEADER_BYTES] } else { &[] });
+    inbox.frame(&head, Part::Here(part));
 }
 
 fn arrive(inbox: &Inbox, token: Token, number: u64, bytes: usize) {
-    inbox.frame(&head(token, number), Data::Here(&vec![7; bytes]));
+    part(inbox, token, number, (0, bytes), &vec![7; bytes]);
+}
+
+fn arrivals(inbox: &Inbox) -> Vec<Arrival> {
+    std::iter::from_fn(|| inbox.take()).map(|(_, arrival)| arrival).collect()
 }
 
 fn admitted(inbox: &Inbox) -> Token {
@@ -33,7 +37,7 @@ fn a_message_for_no_channel_is_dropped_and_counted() {
     inbox.admit(token);
     arrive(&inbox, Token(token.0 ^ 1 << 40), 0, 10);
     arrive(&inbox, Token(token.0 | 0xffff), 0, 10);
-    inbox.frame(&[1, 2, 3], Data::Here(&[]));
+    inbox.frame(&[1, 2, 3], Part::Here(&[]));
     inbox.ack(&[1, 2, 3]);
     assert!(inbox.take().is_none());
     assert_eq!((inbox.take_unknown(), inbox.take_unknown()), (5, 0));
@@ -46,20 +50,36 @@ fn a_message_for_no_channel_is_dropped_and_counted() {
 
 #[test]
 fn a_peer_that_breaks_a_bound_is_shut_out() {
-    let violations: [fn(&Inbox, Token); 3] = [
+    let violations: [fn(&Inbox, Token); 9] = [
         |inbox, token| arrive(inbox, token, 0, BODY_BYTES_MAX + 1),
         |inbox, token| {
-            inbox.frame(&head(token, 0)[..HEAD_BYTES - 1], Data::Here(&[]));
+            let mut head = Prefix { token, number: 0, offset: 0, body_bytes: 0 }.encode().to_vec();
+            head.extend_from_slice(&[0; HEADER_BYTES - 1]);
+            inbox.frame(&head, Part::Here(&[]));
         },
-        |inbox, token| (0..=CREDITS).for_each(|number| arrive(inbox, token, number, 0)),
+        |inbox, token| {
+            let prefix = Prefix { token, number: 0, offset: 4, body_bytes: 8 };
+            inbox.frame(&[&prefix.encode()[..], &[0; HEADER_BYTES]].concat(), Part::Here(&[1; 4]));
+        },
+        |inbox, token| part(inbox, token, 0, (4, 8), &[1; 5]),
+        |inbox, token| part(inbox, token, 0, (u32::MAX as usize, 8), &[1; 5]),
+        |inbox, token| part(inbox, token, 0, (0, 8), &[]),
+        |inbox, token| {
+            part(inbox, token, 0, (0, 8), &[1; 4]);
+            part(inbox, token, 0, (4, 9), &[1; 4]);
+        },
+        |inbox, token| {
+            let prefix = Prefix { token, number: 0, offset: 0, body_bytes: 8 };
+            inbox.frame(&[&prefix.encode()[..], &[0; HEADER_BYTES]].concat(), Part::Elsewhere);
+        },
+        |inbox, token| (0..=CREDITS).for_each(|number| part(inbox, token, number, (0, 8), &[1; 4])),
     ];
     for violate in violations {
         let inbox = inbox(8);
         let token = admitted(&inbox);
         violate(&inbox, token);
-        let arrivals: Vec<_> = std::iter::from_fn(|| inbox.take()).collect();
-        assert!(matches!(arrivals.last(), Some((of, Arrival::Violation(_))) if *of == token), "{arrivals:?}");
-        assert!(arrivals.len() as u64 <= CREDITS + 1);
+        let arrivals = arrivals(&inbox);
+        assert!(matches!(arrivals[..], [Arrival::Violation(_)]), "{arrivals:?}");
         arrive(&inbox, token, 1, 0);
         assert_eq!(inbox.take_unknown(), 1, "nothing more is let in");
     }
@@ -71,7 +91,7 @@ fn delivered_frames_give_their_credit_back() {
     let token = admitted(&inbox);
     for number in 0..5 * CREDITS {
         arrive(&inbox, token, number, 1);
-        let Some((_, Arrival::Frame { payload: Payload::Whole(_), .. })) = inbox.take() else {
+        let Some((_, Arrival::Frame { payload: Payload::Placed(_), .. })) = inbox.take() else {
             panic!("frame {number} was not let in")
         };
         inbox.delivered(token);
@@ -86,30 +106,75 @@ fn buffers_go_out_in_the_order_of_delivery() {
     arrive(&inbox, token, 0, 10);
     arrive(&inbox, token, 2, 10);
     let early = inbox.take().unwrap().1;
-    assert!(matches!(early, Arrival::Frame { number: 1, payload: Payload::Copied(_), .. }), "{early:?}");
+    assert!(matches!(early, Arrival::Frame { number: 1, payload: Payload::Beside(_), .. }), "{early:?}");
     let first = inbox.take().unwrap().1;
-    assert!(matches!(first, Arrival::Frame { number: 0, payload: Payload::Whole(_), .. }), "{first:?}");
+    assert!(matches!(first, Arrival::Frame { number: 0, payload: Payload::Placed(_), .. }), "{first:?}");
     let third = inbox.take().unwrap().1;
-    assert!(matches!(third, Arrival::Frame { number: 2, payload: Payload::Copied(_), .. }), "{third:?}");
+    assert!(matches!(third, Arrival::Frame { number: 2, payload: Payload::Beside(_), .. }), "{third:?}");
     assert!(inbox.buffer(token, 2, 10).is_none(), "frame 1 comes first");
     assert!(inbox.buffer(token, 1, 10).is_some());
     assert!(inbox.buffer(token, 2, 10).is_some());
 }
 
 #[test]
-fn a_full_window_leaves_data_where_it_is_until_there_is_room() {
+fn a_frame_in_parts_arrives_when_it_is_whole_in_whatever_order_they_came() {
+    let body: Vec<u8> = (0..10).collect();
+    for cuts in [[0..4, 4..8, 8..10], [8..10, 0..4, 4..8], [4..8, 8..10, 0..4]] {
+        let inbox = inbox(8);
+        let token = admitted(&inbox);
+        for cut in cuts {
+            assert!(inbox.take().is_none(), "not all of it is here");
+            part(&inbox, token, 0, (cut.start, body.len()), &body[cut]);
+        }
+        let arrivals = arrivals(&inbox);
+        let [Arrival::Frame { number: 0, header: [9, ..], payload: Payload::Placed(placed) }] = &arrivals[..] else {
+            panic!("{arrivals:?}")
+        };
+        assert_eq!(placed[..], body);
+    }
+}
+
+#[test]
+fn frames_whose_parts_mix_are_kept_apart() {
+    let inbox = inbox(2);
+    let token = admitted(&inbox);
+    for at in [0, 4] {
+        for number in [0, 1] {
+            part(&inbox, token, number, (at, 8), &[number as u8 + 1; 4]);
+        }
+    }
+    let arrivals = arrivals(&inbox);
+    let [
+        Arrival::Frame { number: 0, payload: Payload::Placed(first), .. },
+        Arrival::Frame { number: 1, payload: Payload::Beside(second), .. },
+    ] = &arrivals[..]
+    else {
+        panic!("{arrivals:?}: the window has room for one")
+    };
+    assert_eq!((&first[..], &second[..]), (&[1; 8][..], &[2; 8][..]));
+}
+
+#[test]
+fn a_peer_that_goes_in_the_middle_of_a_frame_gives_its_buffer_back() {
+    let window = Window::new(8, BODY_BYTES_MAX);
+    let inbox = Inbox::new(window.clone(), BODY_BYTES_MAX, 4);
+    let token = admitted(&inbox);
+    part(&inbox, token, 0, (0, 8), &[1; 4]);
+    assert_eq!(window.in_use(), 1);
+    inbox.dismiss(token);
+    assert_eq!(window.in_use(), 0);
+    part(&inbox, token, 0, (4, 8), &[1; 4]);
+    assert_eq!((inbox.take_unknown(), window.in_use()), (1, 0));
+}
+
+#[test]
+fn a_full_window_leaves_bodies_beside_it_until_there_is_room() {
     let inbox = inbox(2);
     let token = admitted(&inbox);
     arrive(&inbox, token, 0, 10);
     arrive(&inbox, token, 1, 10);
-    let mut byte = 0_u8;
-    assert!(inbox.frame(&head(token, 2), Data::Remote((&raw mut byte).cast(), 100)), "the data is kept");
     let held = inbox.take().unwrap();
-    assert!(matches!(inbox.take(), Some((_, Arrival::Frame { payload: Payload::Copied(_), .. }))));
-    let remote = inbox.take().unwrap().1;
-    let Arrival::Frame { payload: Payload::Remote { bytes: 100, body: None, .. }, .. } = remote else {
-        panic!("{remote:?}")
-    };
+    assert!(matches!(inbox.take(), Some((_, Arrival::Frame { payload: Payload::Beside(_), .. }))));
     assert!(inbox.buffer(token, 1, 10).is_none());
     drop(held);
     assert!(inbox.buffer(token, 1, 10).is_some());

@@ -148,15 +148,15 @@ pub fn status_words(ucp: &sys::Ucp, status: sys::ucs_status_t) -> String {
 
 /// What is set beside what the user set, unless the variable `UCX_` and the name says otherwise.
 ///
-/// Rendezvous: never. Within a host it copies straight out of the other process's memory, and when that process dies meanwhile
-/// UCX ends this one by abort() (`cma_ep.c`, "process_vm_readv returned -1: No such process", seen with 1.13): nobody may die
-/// of another's death. Without such copies (in containers, that is) a rendezvous of 1.13 over shared memory comes to no end.
-///
-/// Errors: shared memory says that it can handle a peer's death, which it can and by default hides. Endpoints that want this
+/// Shared memory says that it can handle a peer's death, which it can and by default hides. Endpoints that want this
 /// handled are the only ones that are gone when they are closed: others keep the memory that a dead peer shared for as long
 /// as the worker lives (`ucp_ep_disconnected`). 1.13 knows the option by its family's name, later versions by the transport's
 /// too.
-const OPTIONS: [(&str, &str); 3] = [("RNDV_THRESH", "inf"), ("MM_ERROR_HANDLING", "y"), ("POSIX_ERROR_HANDLING", "y")];
+///
+/// Its queues hold 256 messages, 2 MiB, as they do by default in later versions, where 1.13 has 64: a body that does not fit goes
+/// on when the peer has looked, and both have less to do meanwhile.
+const OPTIONS: [(&str, &str); 4] =
+    [("MM_ERROR_HANDLING", "y"), ("POSIX_ERROR_HANDLING", "y"), ("MM_FIFO_SIZE", "256"), ("POSIX_FIFO_SIZE", "256")];
 
 /// A UCP context: the library set up with our options.
 pub struct Context {

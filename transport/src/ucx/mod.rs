@@ -6,7 +6,8 @@
 //! after many seconds.
 //!
 //! Each direction carries frames numbered from 0, as UCX keeps no order between small and large messages, under
-//! `CREDITS` that the receiver renews: what a peer can make this node hold is bounded, and an honest one just waits.
+//! `CREDITS` that the receiver renews: what a peer can make this node hold is bounded, and an honest one just waits. Through
+//! shared memory a frame goes as messages that each fit what UCX passes at a time, so that a body is copied in and out once.
 //!
 //! # Layout
 //! - [`UcxBound`], [`UcxTransport`]: the transport; `peer`: one channel of it

@@ -6,14 +6,14 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use super::UcxOptions;
-use super::channel::{Incoming, Outgoing, Step};
+use super::channel::{Incoming, Outgoing, Sending};
 use super::door::{Door, Entered};
-use super::inbox::{ACK_EVERY, Arrival, HEAD_BYTES, Inbox, Payload, Token};
-use super::library::{Context, UcxError};
+use super::inbox::{ACK_EVERY, Arrival, HEAD_BYTES, Inbox, Token};
+use super::library::Context;
 use super::peer::{Channel, failed, unavailable, violation};
 use super::sleep::{Waker, Watched};
 use super::worker::{Finished, Worker};
-use crate::buffer::{FrameBuf, Window};
+use crate::buffer::{BODY_ALIGN, FrameBuf, Window};
 use crate::fault::{Damage, Spot, Way};
 use crate::frame::{FrameHeader, HEADER_BYTES};
 use crate::spin::SpinBudget;
@@ -30,8 +30,15 @@ const SOCKETS_EVERY: u32 = 256;
 const YIELD_EVERY: u32 = 32;
 /// Pauses between two spins of a wait.
 const PAUSES: u32 = 2;
+/// Bytes of a body in one message where the peer shares memory: UCX passes 8,256 at a time through it (its
+/// `MM_SEG_SIZE`), with its own header of a few bytes. What fits is copied from there to where it belongs, while the peer
+/// copies the next part in; of longer messages UCX first puts a copy together.
+const SHARED_PART_BYTES: usize = 8192 - HEAD_BYTES.next_multiple_of(BODY_ALIGN);
 /// Attempts to fall asleep that may find UCX busy before the wait returns instead.
 const ARM_TRIES_MAX: usize = 1000;
+
+/// UCX's names for memory that processes share.
+const SHARED: [&str; 3] = ["posix/memory", "sysv/memory", "xpmem/memory"];
 
 /// A node's end of the data plane over UCX.
 pub struct UcxTransport {
@@ -40,6 +47,8 @@ pub struct UcxTransport {
     window: Arc<Window>,
     waker: Arc<Waker>,
     worker: Worker,
+    /// Whether UCX may use memory that processes share.
+    shares_memory: bool,
     event_fd: RawFd,
     door: Door,
     /// By the place that is the low 16 bits of token and id.
@@ -82,6 +91,7 @@ impl UcxTransport {
             Ok((transports, worker, event_fd, addresses))
         });
         let (transports, worker, event_fd, addresses) = started.map_err(unavailable)?;
+        let shares_memory = transports.iter().any(|transport| SHARED.contains(&transport.as_str()));
         tracing::debug!(address_bytes = ?addresses.each_ref().map(Vec::len), ?transports, "ucx worker is up");
         let door = Door::new(listener, credentials, &limits, addresses)?;
         Ok(Self {
@@ -91,6 +101,7 @@ impl UcxTransport {
             window,
             waker,
             worker,
+            shares_memory,
             event_fd,
             door,
             opened: 0,
@@ -106,9 +117,10 @@ impl UcxTransport {
 
     /// Makes a channel of a peer that proved itself.
     fn enter(&mut self, entered: Entered) -> Result<(ChannelId, Identity), TransportError> {
-        let Entered { stream, token, identity, theirs, address, name } = entered;
+        let Entered { stream, token, identity, theirs, same_host, address, name } = entered;
         self.worker.inbox().admit(token);
-        let endpoint = match self.worker.connect(&address) {
+        let part_bytes = if same_host && self.shares_memory { SHARED_PART_BYTES } else { usize::MAX };
+        let endpoint = match self.worker.connect(&address, part_bytes) {
             Ok(endpoint) => endpoint,
             Err(error) => {
                 self.worker.inbox().dismiss(token);
@@ -170,22 +182,17 @@ impl UcxTransport {
     fn arrived(&mut self, token: Token, arrival: Arrival) {
         let body_bytes_max = self.limits.body_bytes_max;
         let channel = self.channels[token.place()].as_mut().filter(|channel| channel.token == token);
-        let Some(channel) = channel else {
-            // It was closed in the meantime.
-            if let Arrival::Frame { payload, .. } = arrival {
-                self.discard(payload);
-            }
-            return;
-        };
+        // Otherwise it was closed in the meantime.
+        let Some(channel) = channel else { return };
         let id = channel.id;
         match arrival {
             Arrival::Frame { number, mut header, payload } => {
                 channel.damage.strike_header(Way::In, &mut header);
                 match channel.incoming.arrived(number, &header, payload, body_bytes_max) {
-                    Ok(step) => self.step(token, step),
-                    Err((wrong, payload)) => {
+                    Ok(true) => self.touched.push(token.place()),
+                    Ok(false) => self.starving = true,
+                    Err(wrong) => {
                         let error = wrong.into_error(&channel.name);
-                        self.discard(payload);
                         self.break_later(id, error);
                     }
                 }
@@ -198,53 +205,21 @@ impl UcxTransport {
         }
     }
 
-    fn discard(&mut self, payload: Payload) {
-        if let Some(descriptor) = payload.into_descriptor() {
-            self.worker.release(descriptor);
-        }
-    }
-
-    fn step(&mut self, token: Token, step: Step) {
-        match step {
-            Step::Deliver => self.touched.push(token.place()),
-            Step::NeedsBuffer => self.starving = true,
-            Step::Fetch { number, descriptor, body } => match self.worker.receive(token, number, descriptor, body) {
-                Ok(Some(body)) => self.fetched(token, number, Ok(body)),
-                Ok(None) => {}
-                Err(error) => self.fetched(token, number, Err(error)),
-            },
-        }
-    }
-
-    fn fetched(&mut self, token: Token, number: u64, body: Result<FrameBuf, UcxError>) {
-        let channel = self.channels[token.place()].as_mut().filter(|channel| channel.token == token);
-        let Some(channel) = channel else { return };
-        match body {
-            Ok(body) => {
-                channel.incoming.fetched(number, body);
-                self.touched.push(token.place());
-            }
-            Err(error) => {
-                let (id, error) = (channel.id, channel.failed("fetch a frame", error));
-                self.break_later(id, error);
-            }
-        }
-    }
-
-    /// Collects operations that UCX is done with; whether there were any.
+    /// Collects operations that UCX is done with, and goes on with frames that it had no room for; whether there were any.
     fn reap(&mut self) -> bool {
         let mut finished = std::mem::take(&mut self.finished);
         self.worker.reap(&mut finished);
         let any = !finished.is_empty();
-        for done in finished.drain(..) {
-            match done {
-                Finished::Received { channel, number, body } => self.fetched(channel, number, body),
-                Finished::Sent { error: None, .. } => {}
-                Finished::Sent { channel: token, error: Some(error) } => {
-                    let channel = self.channels[token.place()].as_ref().filter(|channel| channel.token == token);
-                    let broken = channel.map(|channel| (channel.id, channel.failed("send a frame", error)));
-                    broken.into_iter().for_each(|(id, error)| self.break_later(id, error));
+        for Finished { channel: token, frame, outcome } in finished.drain(..) {
+            let channel = self.channels[token.place()].as_ref().filter(|channel| channel.token == token);
+            let Some(channel) = channel else { continue };
+            match (outcome, frame) {
+                (Err(error), _) => {
+                    let (id, error) = (channel.id, channel.failed("send a frame", error));
+                    self.break_later(id, error);
                 }
+                (Ok(()), Some(frame)) => self.go_on(token.place(), frame),
+                (Ok(()), None) => {}
             }
         }
         self.finished = finished;
@@ -259,10 +234,11 @@ impl UcxTransport {
                 let (inbox, channel) = (self.worker.inbox(), self.channels[place].as_mut());
                 let Some(channel) = channel else { break };
                 let token = channel.token;
-                let step = channel.incoming.buffer_next(|number, bytes| inbox.buffer(token, number, bytes));
-                self.starving |= channel.incoming.is_starving();
-                let Some(step) = step else { break };
-                self.step(token, step);
+                if !channel.incoming.buffer_next(|number, bytes| inbox.buffer(token, number, bytes)) {
+                    self.starving |= channel.incoming.is_starving();
+                    break;
+                }
+                self.touched.push(place);
             }
         }
     }
@@ -298,25 +274,37 @@ impl UcxTransport {
         }
     }
 
-    /// Sends what the peer has credit for.
+    /// Sends what the peer has credit for, as far as UCX has room.
     fn pump(&mut self, place: usize) {
-        while let Some((head, body)) = self.channels[place].as_mut().and_then(|channel| channel.outgoing.next()) {
-            if !self.post(place, &head, body) {
+        while let Some(frame) = self.channels[place].as_mut().and_then(|channel| channel.outgoing.next()) {
+            self.stats.sent(frame.bytes());
+            if !self.give(place, frame) {
                 return;
             }
         }
     }
 
-    /// Gives a frame to UCX; false when that breaks the channel.
-    fn post(&mut self, place: usize, head: &[u8; HEAD_BYTES], body: FrameBuf) -> bool {
-        let Some(channel) = self.channels[place].as_ref() else { return false };
-        self.stats.sent(HEADER_BYTES + body.len());
-        if let Err(error) = self.worker.send_frame(&channel.endpoint, channel.token, head, body) {
-            let (id, error) = (channel.id, channel.failed("send a frame", error));
-            self.break_later(id, error);
-            return false;
+    /// Goes on with a frame that UCX had no room for, and with those behind it.
+    fn go_on(&mut self, place: usize, frame: Sending) {
+        if self.give(place, frame) {
+            self.pump(place);
         }
-        true
+    }
+
+    /// Gives a frame, or what is left of it, to UCX; whether it took all of it.
+    fn give(&mut self, place: usize, frame: Sending) -> bool {
+        let Some(channel) = self.channels[place].as_mut() else { return false };
+        match self.worker.send_frame(&channel.endpoint, channel.token, frame) {
+            Ok(whole) => {
+                channel.outgoing.halt(!whole);
+                whole
+            }
+            Err(error) => {
+                let (id, error) = (channel.id, channel.failed("send a frame", error));
+                self.break_later(id, error);
+                false
+            }
+        }
     }
 
     /// Fills `watched` with every descriptor, the event descriptor first, then the channels' in their order.
@@ -388,9 +376,6 @@ impl UcxTransport {
         }
         let Some(channel) = self.channels[usize::from((id.0 & 0xffff) as u16)].take() else { return false };
         self.worker.inbox().dismiss(channel.token);
-        for descriptor in channel.incoming.into_descriptors() {
-            self.worker.release(descriptor);
-        }
         if let Err(error) = self.worker.close(channel.endpoint, channel.token) {
             tracing::debug!(peer = %channel.name, %error, "the endpoint is gone already");
         }
@@ -437,11 +422,8 @@ impl Transport for UcxTransport {
         let mut header = header.encode(&body);
         open.damage.strike_header(Way::Out, &mut header);
         open.damage.strike_body(Way::Out, &mut body);
-        if let Some(head) = open.outgoing.straight(&header) {
-            self.post(place, &head, body);
-        } else {
-            open.outgoing.push(header, body);
-        }
+        open.outgoing.push(header, body);
+        self.pump(place);
         Ok(())
     }
 

@@ -7,9 +7,9 @@ use std::time::{Duration, Instant};
 
 use ucx_sys as sys;
 
-use super::inbox::{self, Descriptor, HEAD_BYTES, Inbox, Token};
+use super::channel::Sending;
+use super::inbox::{self, HEAD_BYTES, Inbox, Token};
 use super::library::{Context, UcxError, check, status_words};
-use crate::buffer::FrameBuf;
 
 /// The active message that carries a frame.
 const AM_FRAME: u32 = 1;
@@ -26,36 +26,26 @@ struct Op {
     request: *mut c_void,
     channel: Token,
     head: Option<Head>,
-    body: Option<FrameBuf>,
-    /// The frame's number, when this fetches one.
-    receives: Option<u64>,
+    frame: Option<Sending>,
 }
 
 /// An operation that UCX is done with.
 #[derive(Debug)]
-pub enum Finished {
-    /// A send; its memory is free again.
-    Sent {
-        /// Whose.
-        channel: Token,
-        /// Why it failed, if it did.
-        error: Option<UcxError>,
-    },
-    /// A fetch of a remote body.
-    Received {
-        /// Whose.
-        channel: Token,
-        /// The frame's number.
-        number: u64,
-        /// The body, filled.
-        body: Result<FrameBuf, UcxError>,
-    },
+pub struct Finished {
+    /// Whose.
+    pub channel: Token,
+    /// A frame of which not all has been sent.
+    pub frame: Option<Sending>,
+    /// How it went.
+    pub outcome: Result<(), UcxError>,
 }
 
 /// One direction of a channel, towards the peer.
 #[derive(Debug)]
 pub struct Endpoint {
     raw: sys::ucp_ep_h,
+    /// Bytes of a body in one message, at most.
+    part_bytes: usize,
 }
 
 // SAFETY: a handle without ties to a thread, that only the worker's owner passes back to UCX.
@@ -184,8 +174,8 @@ impl Worker {
         check(&self.context.ucp, "ucp_worker_arm", status).map(|()| true)
     }
 
-    /// An endpoint to the worker at `address`, whose death UCX reports.
-    pub fn connect(&mut self, address: &[u8]) -> Result<Endpoint, UcxError> {
+    /// An endpoint to the worker at `address`, whose death UCX reports; bodies go `part_bytes` at a time.
+    pub fn connect(&mut self, address: &[u8], part_bytes: usize) -> Result<Endpoint, UcxError> {
         use sys::ucp_ep_params_field as field;
         // SAFETY: a C struct of integers and pointers, for which zero is a valid value.
         let mut params: sys::ucp_ep_params_t = unsafe { std::mem::zeroed() };
@@ -202,98 +192,76 @@ impl Worker {
         // SAFETY: the address came whole from an authenticated peer's own worker and outlives the call.
         let status = unsafe { self.context.ucp.ucp_ep_create(self.raw, &raw const params, &raw mut raw) };
         check(&self.context.ucp, "ucp_ep_create", status)?;
-        Ok(Endpoint { raw })
+        Ok(Endpoint { raw, part_bytes })
     }
 
-    /// Sends a frame; its memory is the operation's until it is [`Finished::Sent`], which is not reported when it is at
-    /// once.
-    pub fn send_frame(
-        &mut self,
-        to: &Endpoint,
-        channel: Token,
-        head: &[u8; HEAD_BYTES],
-        body: FrameBuf,
-    ) -> Result<(), UcxError> {
-        self.send(to, channel, AM_FRAME, head, Some(body))
+    /// Sends a frame, or as much of it as UCX has room for: false if there is a rest, which comes back as
+    /// [`Finished::frame`]. Its memory is the operation's until then.
+    pub fn send_frame(&mut self, to: &Endpoint, channel: Token, mut frame: Sending) -> Result<bool, UcxError> {
+        loop {
+            let mut kept = self.spare_head();
+            let (head, part) = frame.next(to.part_bytes, &mut kept);
+            // SAFETY: see `start`; the frame's body is the window's memory, which stays where it is when the frame moves.
+            let request = unsafe { self.start(to, AM_FRAME, head, part) };
+            let bytes = part.len();
+            let done = self.started("ucp_am_send_nbx", request)?;
+            let whole = frame.advance(bytes);
+            if done {
+                self.spare_heads.push(kept);
+            } else {
+                self.ops.push(Op { request, channel, head: Some(kept), frame: Some(frame) });
+                return Ok(whole);
+            }
+            if whole {
+                return Ok(true);
+            }
+        }
     }
 
     /// Tells the peer, by its own `token`, how many of its frames were taken.
     pub fn send_ack(&mut self, to: &Endpoint, channel: Token, token: Token, count: u64) -> Result<(), UcxError> {
-        let mut head = [0; inbox::PREFIX_BYTES];
-        head[..8].copy_from_slice(&token.0.to_le_bytes());
-        head[8..].copy_from_slice(&count.to_le_bytes());
-        self.send(to, channel, AM_ACK, &head, None)
+        let mut kept = self.spare_head();
+        kept[..8].copy_from_slice(&token.0.to_le_bytes());
+        kept[8..inbox::ACK_BYTES].copy_from_slice(&count.to_le_bytes());
+        // SAFETY: see `start`; there is no body.
+        let request = unsafe { self.start(to, AM_ACK, &kept[..inbox::ACK_BYTES], &[]) };
+        if self.started("ucp_am_send_nbx", request)? {
+            self.spare_heads.push(kept);
+        } else {
+            self.ops.push(Op { request, channel, head: Some(kept), frame: None });
+        }
+        Ok(())
     }
 
-    fn send(
-        &mut self,
-        to: &Endpoint,
-        channel: Token,
-        id: u32,
-        head: &[u8],
-        body: Option<FrameBuf>,
-    ) -> Result<(), UcxError> {
-        let mut kept = self.spare_heads.pop().unwrap_or_else(|| Box::new([0; HEAD_BYTES]));
-        kept[..head.len()].copy_from_slice(head);
-        let bytes: &[u8] = body.as_deref().unwrap_or(&[]);
-        let param = host_memory();
-        // SAFETY: a live endpoint of this worker. Header and body stay where they are (a box, and the window's memory)
-        // until UCX completes the operation: `ops` holds both, or it is complete already.
-        let request = unsafe {
+    fn spare_head(&mut self) -> Head {
+        self.spare_heads.pop().unwrap_or_else(|| Box::new([0; HEAD_BYTES]))
+    }
+
+    /// Starts an active message; what UCX returned for it.
+    ///
+    /// # Safety
+    /// `head` and `body` are readable where they are until UCX has completed the operation: they belong to `ops` for as long
+    /// as it has not.
+    unsafe fn start(&self, to: &Endpoint, id: u32, head: &[u8], body: &[u8]) -> *mut c_void {
+        let mut param = host_memory();
+        // Never rendezvous. Within a host it copies straight out of the other process's memory, and when that process dies
+        // meanwhile UCX ends this one by abort() (`cma_ep.c`, "process_vm_readv returned -1: No such process", seen with
+        // 1.13): nobody may die of another's death. Without such copies (in containers, that is) a rendezvous of 1.13 over
+        // shared memory comes to no end.
+        param.op_attr_mask |= sys::ucp_op_attr_t::UCP_OP_ATTR_FIELD_FLAGS.0;
+        param.flags = sys::ucp_send_am_flags::UCP_AM_SEND_FLAG_EAGER.0;
+        // SAFETY: a live endpoint of this worker, parameters that outlive the call, and the caller's promise.
+        unsafe {
             self.context.ucp.ucp_am_send_nbx(
                 to.raw,
                 id,
-                kept.as_ptr().cast(),
+                head.as_ptr().cast(),
                 head.len(),
-                bytes.as_ptr().cast(),
-                bytes.len(),
-                &raw const param,
-            )
-        };
-        match self.started("ucp_am_send_nbx", request) {
-            Ok(true) => {
-                self.spare_heads.push(kept);
-                Ok(())
-            }
-            Ok(false) => {
-                self.ops.push(Op { request, channel, head: Some(kept), body, receives: None });
-                Ok(())
-            }
-            Err(error) => Err(error),
-        }
-    }
-
-    /// Fetches a remote body; the filled buffer, or none when it comes as [`Finished::Received`].
-    pub fn receive(
-        &mut self,
-        channel: Token,
-        number: u64,
-        descriptor: Descriptor,
-        mut body: FrameBuf,
-    ) -> Result<Option<FrameBuf>, UcxError> {
-        let param = host_memory();
-        // SAFETY: the descriptor was kept for us by the callback and is given up here; the body's memory stays in place
-        // until UCX completes the operation: `ops` holds it, or it is complete already.
-        let request = unsafe {
-            self.context.ucp.ucp_am_recv_data_nbx(
-                self.raw,
-                descriptor.0,
-                body.as_mut_ptr().cast(),
+                body.as_ptr().cast(),
                 body.len(),
                 &raw const param,
             )
-        };
-        if self.started("ucp_am_recv_data_nbx", request)? {
-            return Ok(Some(body));
         }
-        self.ops.push(Op { request, channel, head: None, body: Some(body), receives: Some(number) });
-        Ok(None)
-    }
-
-    /// Gives data back that UCX kept for us and nobody wants.
-    pub fn release(&mut self, descriptor: Descriptor) {
-        // SAFETY: kept for us by the callback, and given up here.
-        unsafe { self.context.ucp.ucp_am_data_release(self.raw, descriptor.0) };
     }
 
     /// Closes an endpoint without waiting; what is under way on it is cancelled.
@@ -305,7 +273,7 @@ impl Worker {
         // SAFETY: a live endpoint of this worker, not used again.
         let request = unsafe { self.context.ucp.ucp_ep_close_nbx(endpoint.raw, &raw const param) };
         if !self.started("ucp_ep_close_nbx", request)? {
-            self.ops.push(Op { request, channel, head: None, body: None, receives: None });
+            self.ops.push(Op { request, channel, head: None, frame: None });
         }
         Ok(())
     }
@@ -341,19 +309,9 @@ impl Worker {
             let op = self.ops.swap_remove(at);
             // SAFETY: complete, and freed once as it left `ops`.
             unsafe { self.context.ucp.ucp_request_free(op.request) };
-            finished.push(self.outcome(op, status));
-        }
-    }
-
-    fn outcome(&mut self, op: Op, status: sys::ucs_status_t) -> Finished {
-        self.spare_heads.extend(op.head);
-        let channel = op.channel;
-        match (op.receives, op.body) {
-            (Some(number), Some(body)) => {
-                let body = check(&self.context.ucp, "ucp_am_recv_data_nbx", status).map(|()| body);
-                Finished::Received { channel, number, body }
-            }
-            _ => Finished::Sent { channel, error: check(&self.context.ucp, "ucp_am_send_nbx", status).err() },
+            self.spare_heads.extend(op.head);
+            let outcome = check(&self.context.ucp, "ucp_am_send_nbx", status);
+            finished.push(Finished { channel: op.channel, frame: op.frame.filter(|frame| !frame.is_sent()), outcome });
         }
     }
 
