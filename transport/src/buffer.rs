@@ -1,13 +1,15 @@
 //! The bounded window that frames are built and read in.
 //!
 //! Bodies come out of a [`Window`] and go back when dropped, from whichever thread; those that went back are handed out
-//! again, so a steady state allocates nothing. Sending and receiving may each take three quarters of the window at most:
+//! again, so a steady state allocates nothing, and what a burst needed and nothing since goes back to the system. Sending and receiving may each take three quarters of the window at most:
 //! a node whose queues are full of answers can still receive, and one that is flooded can still answer, which is what
 //! keeps two nodes from waiting for each other for ever.
 
 use std::fmt;
 use std::ops::{Deref, DerefMut};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock};
+
+use memmap2::MmapMut;
 
 use crate::{TransportError, Wake};
 
@@ -17,6 +19,59 @@ pub const BODY_ALIGN: usize = 64;
 #[derive(Clone, Copy, bytemuck::Pod, bytemuck::Zeroable)]
 #[repr(C, align(64))]
 struct Block([u8; BODY_ALIGN]);
+
+/// Bodies of at least so many bytes are mappings of their own: what the allocator frees it mostly keeps.
+const MAPPED_BYTES: usize = 16 << 10;
+/// Bodies taken between two looks at which of those that are free were not needed: some seconds of a busy node.
+const TRIM_EVERY: usize = 16 << 10;
+
+/// The memory of a body: all of its size class.
+enum Memory {
+    Allocated(Box<[Block]>),
+    Mapped(MmapMut),
+}
+
+impl Memory {
+    /// Of 64 << `class` bytes.
+    fn new(class: usize) -> Self {
+        let bytes = BODY_ALIGN << class;
+        // A mapping begins at a page. One that the system refuses may still be had from what the allocator keeps.
+        let mapped = (bytes >= MAPPED_BYTES).then(|| MmapMut::map_anon(bytes).ok()).flatten();
+        mapped.map_or_else(|| Memory::Allocated(bytemuck::zeroed_slice_box(1 << class)), Memory::Mapped)
+    }
+
+    fn empty() -> Self {
+        Memory::Allocated(Box::default())
+    }
+}
+
+impl Deref for Memory {
+    type Target = [u8];
+
+    fn deref(&self) -> &[u8] {
+        match self {
+            Memory::Allocated(blocks) => bytemuck::cast_slice(blocks),
+            Memory::Mapped(bytes) => bytes,
+        }
+    }
+}
+
+impl DerefMut for Memory {
+    fn deref_mut(&mut self) -> &mut [u8] {
+        match self {
+            Memory::Allocated(blocks) => bytemuck::cast_slice_mut(blocks),
+            Memory::Mapped(bytes) => bytes,
+        }
+    }
+}
+
+/// Bodies of one size class to be handed out again.
+#[derive(Default)]
+struct Free {
+    bodies: Vec<Memory>,
+    /// The fewest that there were since the last look: so many were not needed.
+    spare: usize,
+}
 
 /// What a body was taken for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -29,9 +84,11 @@ enum Use {
 struct State {
     sending: usize,
     receiving: usize,
-    /// Bodies to be handed out again, by size class: `free[c]` holds bodies of `64 << c` bytes.
-    free: Vec<Vec<Box<[Block]>>>,
+    /// By size class: `free[c]` holds bodies of `64 << c` bytes.
+    free: Vec<Free>,
     free_count: usize,
+    /// Bodies taken since the last look at what is spare.
+    taken: usize,
     /// Whether somebody found the window full and waits for the waker.
     starved: bool,
 }
@@ -49,7 +106,7 @@ impl Window {
     /// Memory is taken as it is first needed.
     pub fn new(bodies_max: usize, body_bytes_max: usize) -> Arc<Self> {
         let classes = size_class(body_bytes_max) + 1;
-        let state = State { free: (0..classes).map(|_| Vec::new()).collect(), ..State::default() };
+        let state = State { free: (0..classes).map(|_| Free::default()).collect(), ..State::default() };
         Arc::new(Self {
             bodies_max: bodies_max.max(2),
             body_bytes_max,
@@ -98,14 +155,16 @@ impl Window {
 
     fn take_for(self: &Arc<Self>, used: Use, bytes: usize) -> Result<FrameBuf, TransportError> {
         if bytes == 0 {
-            return Ok(FrameBuf { blocks: Box::default(), len: 0, window: None, used });
+            return Ok(FrameBuf { memory: Memory::empty(), len: 0, window: None, used });
         }
         if bytes > self.body_bytes_max {
             return Err(TransportError::BodyTooLarge { bytes, max: self.body_bytes_max });
         }
         let class = size_class(bytes);
+        let mut unneeded = Vec::new();
         let recycled = {
-            let mut state = self.lock();
+            let mut guard = self.lock();
+            let state = &mut *guard;
             let mine = if used == Use::Send { state.sending } else { state.receiving };
             let share = self.bodies_max - (self.bodies_max / 4).max(1);
             if mine >= share || state.sending + state.receiving >= self.bodies_max {
@@ -113,32 +172,51 @@ impl Window {
                 return Err(TransportError::WindowFull { bodies: self.bodies_max });
             }
             *(if used == Use::Send { &mut state.sending } else { &mut state.receiving }) += 1;
-            let recycled = state.free[class].pop();
-            if recycled.is_some() {
-                state.free_count -= 1;
-            } else if state.sending + state.receiving + state.free_count > self.bodies_max {
+            let recycled = state.free[class].take();
+            if recycled.is_none() && state.sending + state.receiving + state.free_count > self.bodies_max {
                 // All memory is in other classes: give the largest back, so that the window's bound holds in bytes too.
-                let largest = state.free.iter_mut().rev().find_map(Vec::pop);
-                state.free_count -= usize::from(largest.is_some());
+                unneeded.extend(state.free.iter_mut().rev().find_map(Free::take));
             }
+            state.taken += 1;
+            if state.taken >= TRIM_EVERY {
+                state.taken = 0;
+                state.free.iter_mut().for_each(|free| free.trim(&mut unneeded));
+            }
+            state.free_count -= usize::from(recycled.is_some()) + unneeded.len();
             recycled
         };
-        let blocks = recycled.unwrap_or_else(|| bytemuck::zeroed_slice_box(1 << class));
-        Ok(FrameBuf { blocks, len: bytes, window: Some(Arc::clone(self)), used })
+        // Unmapped while nobody waits for the lock.
+        drop(unneeded);
+        let memory = recycled.unwrap_or_else(|| Memory::new(class));
+        Ok(FrameBuf { memory, len: bytes, window: Some(Arc::clone(self)), used })
     }
 
-    fn give_back(&self, blocks: Box<[Block]>, used: Use) {
+    fn give_back(&self, memory: Memory, used: Use) {
         let starved = {
             let mut state = self.lock();
             *(if used == Use::Send { &mut state.sending } else { &mut state.receiving }) -= 1;
-            let class = size_class(blocks.len() * BODY_ALIGN);
-            state.free[class].push(blocks);
+            state.free[size_class(memory.len())].bodies.push(memory);
             state.free_count += 1;
             std::mem::take(&mut state.starved)
         };
         if let Some(waker) = self.waker.get().filter(|_| starved) {
             waker.wake();
         }
+    }
+}
+
+impl Free {
+    fn take(&mut self) -> Option<Memory> {
+        let body = self.bodies.pop();
+        self.spare = self.spare.min(self.bodies.len());
+        body
+    }
+
+    /// Moves what was not needed since the last call to `unneeded`.
+    fn trim(&mut self, unneeded: &mut Vec<Memory>) {
+        // The last ones are the most likely to be in a cache.
+        unneeded.extend(self.bodies.drain(..self.spare));
+        self.spare = self.bodies.len();
     }
 }
 
@@ -155,7 +233,7 @@ fn size_class(bytes: usize) -> usize {
 
 /// A frame's body: owned bytes, 64-byte aligned, that go back to their window when dropped.
 pub struct FrameBuf {
-    blocks: Box<[Block]>,
+    memory: Memory,
     len: usize,
     window: Option<Arc<Window>>,
     used: Use,
@@ -164,7 +242,7 @@ pub struct FrameBuf {
 impl FrameBuf {
     /// A body of no bytes; takes no room in any window.
     pub fn empty() -> Self {
-        FrameBuf { blocks: Box::default(), len: 0, window: None, used: Use::Send }
+        FrameBuf { memory: Memory::empty(), len: 0, window: None, used: Use::Send }
     }
 }
 
@@ -172,20 +250,20 @@ impl Deref for FrameBuf {
     type Target = [u8];
 
     fn deref(&self) -> &[u8] {
-        &bytemuck::cast_slice(&self.blocks)[..self.len]
+        &self.memory[..self.len]
     }
 }
 
 impl DerefMut for FrameBuf {
     fn deref_mut(&mut self) -> &mut [u8] {
-        &mut bytemuck::cast_slice_mut(&mut self.blocks)[..self.len]
+        &mut self.memory[..self.len]
     }
 }
 
 impl Drop for FrameBuf {
     fn drop(&mut self) {
         if let Some(window) = self.window.take() {
-            window.give_back(std::mem::take(&mut self.blocks), self.used);
+            window.give_back(std::mem::replace(&mut self.memory, Memory::empty()), self.used);
         }
     }
 }
@@ -246,6 +324,22 @@ mod tests {
             drop(bodies);
             assert!(window.lock().free_count <= 4);
         }
+    }
+
+    #[test]
+    fn what_a_burst_needed_and_nothing_since_is_given_back() {
+        let window = Window::new(64, 1 << 20);
+        let burst = |bodies: usize| drop((0..bodies).map(|_| window.take(1 << 20).unwrap()).collect::<Vec<_>>());
+        let free = || window.lock().free_count;
+        burst(20);
+        assert_eq!(free(), 20);
+        // What came before the first look is not known to be spare.
+        (0..TRIM_EVERY).for_each(|_| burst(1));
+        (0..2 * TRIM_EVERY).for_each(|_| burst(2));
+        assert_eq!(free(), 2, "as many as are needed at once");
+        (0..TRIM_EVERY).for_each(|_| drop(window.take(64).unwrap()));
+        (0..TRIM_EVERY).for_each(|_| drop(window.take(64).unwrap()));
+        assert_eq!(free(), 1, "other bodies are looked at as well");
     }
 
     #[test]
