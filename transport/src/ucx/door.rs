@@ -103,6 +103,12 @@ impl Door {
         })
     }
 
+    /// From now on tells of another worker. Those who were told of the old one are hung up on, and may call again.
+    pub fn move_to(&mut self, [address, network_address]: [Vec<u8>; 2]) {
+        self.guests.clear();
+        self.greeting = Greeting { address, network_address, ..self.greeting.clone() };
+    }
+
     /// Where peers connect to; empty without a listener.
     pub fn addr(&self) -> &str {
         &self.addr

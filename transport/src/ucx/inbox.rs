@@ -13,8 +13,9 @@ use ucx_sys as sys;
 use crate::buffer::{FrameBuf, Window};
 use crate::frame::HEADER_BYTES;
 
-/// Bytes of the active-message header of an acknowledgement: the receiver's token, then how many frames were taken.
-pub const ACK_BYTES: usize = 16;
+/// Bytes of the active-message header of an acknowledgement, the receiver's token and how many frames were taken, and of a
+/// sentinel's message, its secret and how many it sent.
+pub const COUNT_BYTES: usize = 16;
 /// Bytes that a frame's every active message begins with: the receiver's token, the frame's number, where in the body the
 /// message's part of it goes, and the body's length.
 pub const PREFIX_BYTES: usize = 24;
@@ -120,6 +121,10 @@ struct State {
     arrivals: VecDeque<(Token, Arrival)>,
     failed: Vec<(usize, i8)>,
     unknown: u64,
+    /// What the sentinel's messages begin with.
+    secret: Token,
+    /// How many of them came.
+    sentinel: u64,
 }
 
 /// Shared by the callbacks and the transport, on one thread.
@@ -127,8 +132,8 @@ struct State {
 pub struct Inbox(RefCell<State>);
 
 impl Inbox {
-    /// Room for `channels` peers whose bodies go to `window`.
-    pub fn new(window: Arc<Window>, body_bytes_max: usize, channels: usize) -> Self {
+    /// Room for `channels` peers whose bodies go to `window`, and a sentinel that knows `secret`.
+    pub fn new(window: Arc<Window>, body_bytes_max: usize, channels: usize, secret: Token) -> Self {
         let admitted = (0..channels.min(usize::from(u16::MAX))).map(|_| None).collect();
         Self(RefCell::new(State {
             window,
@@ -137,6 +142,8 @@ impl Inbox {
             arrivals: VecDeque::new(),
             failed: Vec::new(),
             unknown: 0,
+            secret,
+            sentinel: 0,
         }))
     }
 
@@ -195,6 +202,11 @@ impl Inbox {
         std::mem::take(&mut self.0.borrow_mut().unknown)
     }
 
+    /// How many of the sentinel's messages came.
+    pub fn sentinel(&self) -> u64 {
+        self.0.borrow().sentinel
+    }
+
     /// A frame of `token` was delivered.
     pub fn delivered(&self, token: Token) {
         if let Some(peer) = self.0.borrow_mut().peer(token) {
@@ -238,11 +250,18 @@ impl Inbox {
 
     fn ack(&self, head: &[u8]) {
         let Ok(mut state) = self.0.try_borrow_mut() else { return };
-        let head: Option<&[u8; ACK_BYTES]> = head.try_into().ok();
-        match head.map(|head| (Token(u64_at(head, 0)), u64_at(head, 8))) {
+        match counted(head) {
             Some((token, count)) if state.peer(token).is_some() => {
                 state.arrivals.push_back((token, Arrival::Ack(count)));
             }
+            _ => state.unknown += 1,
+        }
+    }
+
+    fn sentinel_came(&self, head: &[u8]) {
+        let Ok(mut state) = self.0.try_borrow_mut() else { return };
+        match counted(head) {
+            Some((secret, count)) if secret == state.secret => state.sentinel = state.sentinel.max(count),
             _ => state.unknown += 1,
         }
     }
@@ -356,6 +375,12 @@ impl Prefix {
     }
 }
 
+/// The token and the count of a message that has no more.
+fn counted(head: &[u8]) -> Option<(Token, u64)> {
+    let head: &[u8; COUNT_BYTES] = head.try_into().ok()?;
+    Some((Token(u64_at(head, 0)), u64_at(head, 8)))
+}
+
 fn u64_at<const N: usize>(bytes: &[u8; N], at: usize) -> u64 {
     u64::from_le_bytes(std::array::from_fn(|byte| bytes[at + byte]))
 }
@@ -414,6 +439,24 @@ pub unsafe extern "C" fn on_ack(
     // SAFETY: as in `on_frame`. Returning UCS_OK drops whatever data came along.
     let (inbox, head) = unsafe { (&*arg.cast::<Inbox>(), slice(header, header_length)) };
     inbox.ack(head);
+    sys::ucs_status_t::UCS_OK
+}
+
+/// UCX's callback for a sentinel's message; `arg` is the [`Inbox`].
+///
+/// # Safety
+/// As for [`on_frame`].
+pub unsafe extern "C" fn on_sentinel(
+    arg: *mut c_void,
+    header: *const c_void,
+    header_length: usize,
+    _data: *mut c_void,
+    _length: usize,
+    _param: *const sys::ucp_am_recv_param_t,
+) -> sys::ucs_status_t {
+    // SAFETY: as in `on_frame`. Returning UCS_OK drops whatever data came along.
+    let (inbox, head) = unsafe { (&*arg.cast::<Inbox>(), slice(header, header_length)) };
+    inbox.sentinel_came(head);
     sys::ucs_status_t::UCS_OK
 }
 

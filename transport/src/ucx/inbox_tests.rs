@@ -5,7 +5,7 @@ use super::*;
 const BODY_BYTES_MAX: usize = 256;
 
 fn inbox(bodies: usize) -> Inbox {
-    Inbox::new(Window::new(bodies, BODY_BYTES_MAX), BODY_BYTES_MAX, 4)
+    Inbox::new(Window::new(bodies, BODY_BYTES_MAX), BODY_BYTES_MAX, 4, Token(99))
 }
 
 /// One message: a part of frame `number` of `body_bytes`, with the frame's header if `offset` is 0.
@@ -157,7 +157,7 @@ fn frames_whose_parts_mix_are_kept_apart() {
 #[test]
 fn a_peer_that_goes_in_the_middle_of_a_frame_gives_its_buffer_back() {
     let window = Window::new(8, BODY_BYTES_MAX);
-    let inbox = Inbox::new(window.clone(), BODY_BYTES_MAX, 4);
+    let inbox = Inbox::new(window.clone(), BODY_BYTES_MAX, 4, Token(99));
     let token = admitted(&inbox);
     part(&inbox, token, 0, (0, 8), &[1; 4]);
     assert_eq!(window.in_use(), 1);
@@ -178,6 +178,19 @@ fn a_full_window_leaves_bodies_beside_it_until_there_is_room() {
     assert!(inbox.buffer(token, 1, 10).is_none());
     drop(held);
     assert!(inbox.buffer(token, 1, 10).is_some());
+}
+
+#[test]
+fn only_the_sentinel_can_say_that_messages_come_through() {
+    let inbox = inbox(2);
+    let token = admitted(&inbox);
+    let said = |secret: Token, count: u64| [secret.0.to_le_bytes(), count.to_le_bytes()].concat();
+    inbox.sentinel_came(&said(token, 3));
+    inbox.sentinel_came(&said(Token(99), 3)[1..]);
+    assert_eq!((inbox.sentinel(), inbox.take_unknown()), (0, 2));
+    inbox.sentinel_came(&said(Token(99), 3));
+    inbox.sentinel_came(&said(Token(99), 2));
+    assert_eq!((inbox.sentinel(), inbox.take_unknown()), (3, 0));
 }
 
 #[test]

@@ -14,6 +14,7 @@
 //! - `door`: sockets and handshakes; `greeting`: what a handshake carries for UCX
 //! - `channel`: order and credit; `inbox`: what UCX's callbacks write
 //! - `worker` and `library`: the safe face of `ucx-sys`; `sleep`: waiting and waking
+//! - `sentinel`: finds out that a killed peer has blocked the way to the worker
 //! - [`pingpong`]: UCX's own round trip, which benchmarks hold this against
 
 #![allow(unsafe_code)]
@@ -26,6 +27,7 @@ mod inbox;
 mod library;
 mod peer;
 pub mod pingpong;
+mod sentinel;
 mod sleep;
 mod transport;
 mod worker;
@@ -34,8 +36,7 @@ use std::path::PathBuf;
 
 use crate::Limits;
 use crate::buffer::Window;
-use inbox::Inbox;
-use worker::Worker;
+use transport::Queues;
 
 pub use bound::UcxBound;
 pub use library::{UcxError, UcxInfo};
@@ -62,6 +63,6 @@ pub fn probe(options: &UcxOptions) -> Result<UcxInfo, UcxError> {
     // A context is only plans: whether there is memory for queues shows with a worker, which no peer will talk to.
     let limits = Limits::default();
     let window = Window::new(limits.bodies_max, limits.body_bytes_max);
-    Worker::new(context, Inbox::new(window, limits.body_bytes_max, limits.channels_max))?;
+    Queues::open(options, &window, &limits)?;
     Ok(info)
 }

@@ -18,6 +18,8 @@ pub struct Channel {
     pub token: Token,
     /// Who it is, in words.
     pub name: String,
+    /// Whether it runs where it can share memory with us.
+    pub same_host: bool,
     /// Open for as long as the peer lives; nothing is said on it after the handshake.
     pub liveness: TcpStream,
     /// The way to the peer.

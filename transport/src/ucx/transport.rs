@@ -9,8 +9,9 @@ use super::UcxOptions;
 use super::channel::{Incoming, Outgoing, Sending};
 use super::door::{Door, Entered};
 use super::inbox::{ACK_EVERY, Arrival, HEAD_BYTES, Inbox, Token};
-use super::library::Context;
+use super::library::{Context, UcxError};
 use super::peer::{Channel, failed, unavailable, violation};
+use super::sentinel::{LOOK_EVERY, Sentinel};
 use super::sleep::{Waker, Watched};
 use super::worker::{Finished, Worker};
 use crate::buffer::{BODY_ALIGN, FrameBuf, Window};
@@ -37,8 +38,39 @@ const SHARED_PART_BYTES: usize = 8192 - HEAD_BYTES.next_multiple_of(BODY_ALIGN);
 /// Attempts to fall asleep that may find UCX busy before the wait returns instead.
 const ARM_TRIES_MAX: usize = 1000;
 
-/// UCX's names for memory that processes share.
-const SHARED: [&str; 3] = ["posix/memory", "sysv/memory", "xpmem/memory"];
+/// UCX's names for the ways to share memory between processes; what it lists is followed by this.
+const SHARED: [&str; 3] = ["posix", "sysv", "xpmem"];
+const IN_MEMORY: &str = "/memory";
+
+/// A worker, and what depends on it: made anew together.
+pub struct Queues {
+    worker: Worker,
+    event_fd: RawFd,
+    /// Over anything, and over the network alone.
+    addresses: [Vec<u8>; 2],
+    /// There is one if UCX may use memory that processes share.
+    sentinel: Option<Sentinel>,
+}
+
+impl Queues {
+    /// Queues that take bodies in to `window`.
+    pub fn open(options: &UcxOptions, window: &Arc<Window>, limits: &Limits) -> Result<Self, UcxError> {
+        let context = Context::new(options)?;
+        let transports = context.transports();
+        let random = getrandom::u64().map_err(|error| UcxError::NoWorker { reason: error.to_string() })?;
+        let secret = Token::new(random, u16::MAX);
+        let inbox = Inbox::new(Arc::clone(window), limits.body_bytes_max, limits.channels_max, secret);
+        let mut worker = Worker::new(context, inbox)?;
+        let (event_fd, addresses) = (worker.event_fd()?, [worker.address(false)?, worker.address(true)?]);
+        let listed = |way: &str| transports.iter().any(|listed| listed.strip_suffix(IN_MEMORY) == Some(way));
+        let sentinel = match SHARED.into_iter().any(listed) {
+            true => Some(Sentinel::new(options, &mut worker, &addresses[0], secret)?),
+            false => None,
+        };
+        tracing::debug!(address_bytes = ?addresses.each_ref().map(Vec::len), ?transports, "ucx worker is up");
+        Ok(Self { worker, event_fd, addresses, sentinel })
+    }
+}
 
 /// A node's end of the data plane over UCX.
 pub struct UcxTransport {
@@ -46,10 +78,8 @@ pub struct UcxTransport {
     budget: SpinBudget,
     window: Arc<Window>,
     waker: Arc<Waker>,
-    worker: Worker,
-    /// Whether UCX may use memory that processes share.
-    shares_memory: bool,
-    event_fd: RawFd,
+    options: UcxOptions,
+    queues: Queues,
     door: Door,
     /// By the place that is the low 16 bits of token and id.
     channels: Vec<Option<Channel>>,
@@ -83,26 +113,16 @@ impl UcxTransport {
         let window = Window::new(limits.bodies_max, limits.body_bytes_max);
         let waker = Waker::new().map_err(|source| TransportError::Io { what: "make an event descriptor", source })?;
         window.set_waker(waker.clone());
-        let inbox = Inbox::new(Arc::clone(&window), limits.body_bytes_max, limits.channels_max);
-        let started = Context::new(options).and_then(|context| {
-            let transports = context.transports();
-            let worker = Worker::new(context, inbox)?;
-            let (event_fd, addresses) = (worker.event_fd()?, [worker.address(false)?, worker.address(true)?]);
-            Ok((transports, worker, event_fd, addresses))
-        });
-        let (transports, worker, event_fd, addresses) = started.map_err(unavailable)?;
-        let shares_memory = transports.iter().any(|transport| SHARED.contains(&transport.as_str()));
-        tracing::debug!(address_bytes = ?addresses.each_ref().map(Vec::len), ?transports, "ucx worker is up");
-        let door = Door::new(listener, credentials, &limits, addresses)?;
+        let queues = Queues::open(options, &window, &limits).map_err(unavailable)?;
+        let door = Door::new(listener, credentials, &limits, queues.addresses.clone())?;
         Ok(Self {
             channels: (0..limits.channels_max).map(|_| None).collect(),
             budget: SpinBudget::new(limits.spin_max),
             limits,
             window,
             waker,
-            worker,
-            shares_memory,
-            event_fd,
+            options: options.clone(),
+            queues,
             door,
             opened: 0,
             touched: Vec::new(),
@@ -118,12 +138,12 @@ impl UcxTransport {
     /// Makes a channel of a peer that proved itself.
     fn enter(&mut self, entered: Entered) -> Result<(ChannelId, Identity), TransportError> {
         let Entered { stream, token, identity, theirs, same_host, address, name } = entered;
-        self.worker.inbox().admit(token);
-        let part_bytes = if same_host && self.shares_memory { SHARED_PART_BYTES } else { usize::MAX };
-        let endpoint = match self.worker.connect(&address, part_bytes) {
+        self.queues.worker.inbox().admit(token);
+        let part_bytes = if same_host && self.queues.sentinel.is_some() { SHARED_PART_BYTES } else { usize::MAX };
+        let endpoint = match self.queues.worker.connect(&address, part_bytes) {
             Ok(endpoint) => endpoint,
             Err(error) => {
-                self.worker.inbox().dismiss(token);
+                self.queues.worker.inbox().dismiss(token);
                 return Err(failed("make an endpoint", error));
             }
         };
@@ -134,6 +154,7 @@ impl UcxTransport {
             id,
             token,
             name,
+            same_host,
             liveness: stream,
             endpoint,
             outgoing: Outgoing::new(theirs),
@@ -157,20 +178,20 @@ impl UcxTransport {
     /// Takes in what UCX has, and moves it as far as it goes; whether there was anything.
     fn receive(&mut self) -> bool {
         // What a wait has found already is taken as it is.
-        let mut moved = self.worker.inbox().has_news();
+        let mut moved = self.queues.worker.inbox().has_news();
         if !moved {
             for _ in 0..PROGRESS_MAX {
-                if !self.worker.progress() {
+                if !self.queues.worker.progress() {
                     break;
                 }
                 moved = true;
             }
         }
-        while let Some((token, arrival)) = self.worker.inbox().take() {
+        while let Some((token, arrival)) = self.queues.worker.inbox().take() {
             moved = true;
             self.arrived(token, arrival);
         }
-        if self.worker.pending() > 0 {
+        if self.queues.worker.pending() > 0 {
             moved |= self.reap();
         }
         if self.starving {
@@ -208,7 +229,7 @@ impl UcxTransport {
     /// Collects operations that UCX is done with, and goes on with frames that it had no room for; whether there were any.
     fn reap(&mut self) -> bool {
         let mut finished = std::mem::take(&mut self.finished);
-        self.worker.reap(&mut finished);
+        self.queues.worker.reap(&mut finished);
         let any = !finished.is_empty();
         for Finished { channel: token, frame, outcome } in finished.drain(..) {
             let channel = self.channels[token.place()].as_ref().filter(|channel| channel.token == token);
@@ -231,7 +252,7 @@ impl UcxTransport {
         self.starving = false;
         for place in 0..self.channels.len() {
             loop {
-                let (inbox, channel) = (self.worker.inbox(), self.channels[place].as_mut());
+                let (inbox, channel) = (self.queues.worker.inbox(), self.channels[place].as_mut());
                 let Some(channel) = channel else { break };
                 let token = channel.token;
                 if !channel.incoming.buffer_next(|number, bytes| inbox.buffer(token, number, bytes)) {
@@ -249,7 +270,7 @@ impl UcxTransport {
             let Some(channel) = self.channels[place].as_mut() else { continue };
             let mut bad = None;
             while let Some(next) = channel.incoming.next(&mut channel.damage) {
-                self.worker.inbox().delivered(channel.token);
+                self.queues.worker.inbox().delivered(channel.token);
                 match next {
                     Ok((header, body)) => {
                         self.stats.received(HEADER_BYTES + body.len());
@@ -267,7 +288,7 @@ impl UcxTransport {
             }
             let Some(count) = channel.incoming.acknowledge_now(ACK_EVERY) else { continue };
             let theirs = channel.outgoing.theirs();
-            if let Err(error) = self.worker.send_ack(&channel.endpoint, channel.token, theirs, count) {
+            if let Err(error) = self.queues.worker.send_ack(&channel.endpoint, channel.token, theirs, count) {
                 let (id, error) = (channel.id, channel.failed("acknowledge frames", error));
                 self.break_later(id, error);
             }
@@ -294,7 +315,7 @@ impl UcxTransport {
     /// Gives a frame, or what is left of it, to UCX; whether it took all of it.
     fn give(&mut self, place: usize, frame: Sending) -> bool {
         let Some(channel) = self.channels[place].as_mut() else { return false };
-        match self.worker.send_frame(&channel.endpoint, channel.token, frame) {
+        match self.queues.worker.send_frame(&channel.endpoint, channel.token, frame) {
             Ok(whole) => {
                 channel.outgoing.halt(!whole);
                 whole
@@ -310,7 +331,7 @@ impl UcxTransport {
     /// Fills `watched` with every descriptor, the event descriptor first, then the channels' in their order.
     fn watch(&mut self) {
         self.watched.clear();
-        self.watched.push(self.event_fd, false);
+        self.watched.push(self.queues.event_fd, false);
         for channel in self.channels.iter().flatten() {
             self.watched.push(channel.liveness.as_raw_fd(), false);
         }
@@ -334,14 +355,14 @@ impl UcxTransport {
                 self.break_later(id, error);
             }
         }
-        for entered in self.door.look(self.worker.inbox()) {
+        for entered in self.door.look(self.queues.worker.inbox()) {
             match self.enter(entered) {
                 Ok((channel, peer)) => events.push(Event::Accepted { channel, peer }),
                 Err(error) => tracing::warn!(%error, "cannot accept a channel"),
             }
         }
         self.door.take_turned_away().into_iter().for_each(|reason| self.stats.refuse(reason));
-        let unknown = self.worker.inbox().take_unknown();
+        let unknown = self.queues.worker.inbox().take_unknown();
         if unknown > 0 {
             *self.stats.refused.entry("no such channel").or_default() += unknown;
             tracing::warn!(unknown, "dropped messages for no open channel");
@@ -349,10 +370,14 @@ impl UcxTransport {
     }
 
     fn report_failures(&mut self, events: &mut Vec<Event>) {
-        while let Some((endpoint, status)) = self.worker.inbox().take_failed() {
+        while let Some((endpoint, status)) = self.queues.worker.inbox().take_failed() {
             let channel = self.channels.iter().flatten().find(|channel| channel.endpoint.address() == endpoint);
             if let Some((id, peer)) = channel.map(|channel| (channel.id, channel.name.clone())) {
-                tracing::debug!(channel = id.0, reason = self.worker.words(status), "ucx reports a failed endpoint");
+                tracing::debug!(
+                    channel = id.0,
+                    reason = self.queues.worker.words(status),
+                    "ucx reports a failed endpoint"
+                );
                 self.break_later(id, TransportError::Closed { peer });
             }
         }
@@ -375,13 +400,47 @@ impl UcxTransport {
             return false;
         }
         let Some(channel) = self.channels[usize::from((id.0 & 0xffff) as u16)].take() else { return false };
-        self.worker.inbox().dismiss(channel.token);
-        if let Err(error) = self.worker.close(channel.endpoint, channel.token) {
+        self.queues.worker.inbox().dismiss(channel.token);
+        if let Err(error) = self.queues.worker.close(channel.endpoint, channel.token) {
             tracing::debug!(peer = %channel.name, %error, "the endpoint is gone already");
         }
         // Everything on it was cancelled just now.
         self.reap();
+        if let Some(sentinel) = self.queues.sentinel.as_mut().filter(|_| channel.same_host)
+            && let Err(error) = sentinel.ask()
+        {
+            tracing::warn!(%error, "cannot tell whether a peer that is gone has blocked this node's queue");
+        }
         true
+    }
+
+    /// If a peer that was killed has blocked the queue: gives it up, and with it every channel. Peers come anew.
+    fn renew_if_blocked(&mut self, events: &mut Vec<Event>) {
+        let Queues { sentinel, worker, .. } = &mut self.queues;
+        if !sentinel.as_mut().is_some_and(|sentinel| sentinel.is_blocked(worker)) {
+            return;
+        }
+        self.stats.refuse("blocked queue");
+        let open: Vec<_> = self.channels.iter().flatten().map(|channel| (channel.id, channel.name.clone())).collect();
+        tracing::warn!(
+            channels = open.len(),
+            "a peer was killed while it wrote to this node's queue: opening a new one"
+        );
+        for (id, peer) in open {
+            self.break_later(id, TransportError::Closed { peer });
+        }
+        self.report_failures(events);
+        match Queues::open(&self.options, &self.window, &self.limits) {
+            Ok(queues) => {
+                self.door.move_to(queues.addresses.clone());
+                self.queues = queues;
+            }
+            // Asked once more, it finds the same and tries again.
+            Err(error) => {
+                tracing::error!(%error, "cannot open a new queue; trying again");
+                self.queues.sentinel.as_mut().map(Sentinel::ask_anew);
+            }
+        }
     }
 }
 
@@ -395,7 +454,7 @@ impl Transport for UcxTransport {
     }
 
     fn connect(&mut self, addr: &str, deadline: Instant) -> Result<(ChannelId, Identity), TransportError> {
-        let entered = self.door.call(addr, deadline, self.worker.inbox())?;
+        let entered = self.door.call(addr, deadline, self.queues.worker.inbox())?;
         self.enter(entered)
     }
 
@@ -437,6 +496,7 @@ impl Transport for UcxTransport {
             self.look(events);
         }
         self.report_failures(events);
+        self.renew_if_blocked(events);
         events.len() - before
     }
 
@@ -445,6 +505,8 @@ impl Transport for UcxTransport {
             return;
         }
         let begun = Instant::now();
+        let asking = self.queues.sentinel.as_ref().is_some_and(Sentinel::is_asking);
+        let deadline = if asking { deadline.min(begun + LOOK_EVERY) } else { deadline };
         if !self.spin(begun, deadline) {
             self.sleep(deadline);
         }
@@ -472,10 +534,10 @@ impl UcxTransport {
     /// Sleeps until there is something to poll for, or `deadline`.
     fn sleep(&mut self, deadline: Instant) {
         for _ in 0..ARM_TRIES_MAX {
-            if self.worker.progress() || self.worker.inbox().has_news() {
+            if self.queues.worker.progress() || self.queues.worker.inbox().has_news() {
                 return;
             }
-            match self.worker.arm() {
+            match self.queues.worker.arm() {
                 Ok(false) => continue,
                 Ok(true) => {
                     self.watch();
@@ -498,7 +560,7 @@ impl UcxTransport {
         }
         loop {
             for spin in 1..=SOCKETS_EVERY {
-                if self.worker.progress() || self.worker.inbox().has_news() || self.waker.take() {
+                if self.queues.worker.progress() || self.queues.worker.inbox().has_news() || self.waker.take() {
                     return true;
                 }
                 if spin % YIELD_EVERY == 0 {
@@ -512,7 +574,7 @@ impl UcxTransport {
                     std::hint::spin_loop();
                 }
             }
-            if self.worker.pending() > 0 && self.reap() {
+            if self.queues.worker.pending() > 0 && self.reap() {
                 return true;
             }
             self.watch();

@@ -16,7 +16,7 @@ use crate::support::{Mesh, PATIENCE, Pair, byte, credentials, dispatch, next, tr
 
 /// Set for a process that is a node of its own: where it connects to.
 const NODE_ADDR: &str = "MESH_TEST_UCX_ADDR";
-/// ... and what it does then: [`ECHO`], [`SEND`] or [`NOTHING`].
+/// ... and what it does then: [`ECHO`], [`SEND`], [`FLOOD`] or [`NOTHING`].
 const NODE_WORK: &str = "MESH_TEST_UCX_WORK";
 /// ... and its list of UCX transports.
 const NODE_TLS: &str = "MESH_TEST_UCX_TLS";
@@ -24,6 +24,8 @@ const NODE_TLS: &str = "MESH_TEST_UCX_TLS";
 const ECHO: &str = "echo";
 /// Sends large frames and never polls again once they are announced.
 const SEND: &str = "send";
+/// Sends as many large frames as it is let.
+const FLOOD: &str = "flood";
 /// Never polls at all.
 const NOTHING: &str = "nothing";
 
@@ -97,6 +99,14 @@ fn node_of_another_test() {
         while Instant::now() < announced {
             node.poll(&mut Vec::new());
             node.wait(announced);
+        }
+    }
+    if work == FLOOD {
+        println!("connected");
+        let mut seq = 0;
+        loop {
+            node.poll(&mut Vec::new());
+            seq += u64::from(try_send(&mut node, channel, &dispatch(seq, 2, 200_000)));
         }
     }
     if work != ECHO {
@@ -243,6 +253,66 @@ fn frames_of_a_process_that_was_killed_do_no_harm_over_the_network() {
     if kind().is_some() {
         frames_of_a_process_that_was_killed_do_no_harm(Some("tcp"));
     }
+}
+
+/// In the queue by which processes of a host reach another, a place is taken before it is written: one that is killed in
+/// between leaves it neither free nor full, and of what is behind it nothing would ever be read.
+#[test]
+fn a_process_killed_while_it_writes_keeps_nobody_out_for_long() {
+    const KILLED_MAX: u64 = 200;
+    if kind().is_none() {
+        return;
+    }
+    let mut server = server(None);
+    let addr = server.local_addr().to_owned();
+    let mut echo = Node::start(&addr, ECHO, None);
+    let mut alive = accepted(&mut server);
+    let (mut events, mut blocked) = (Vec::new(), 0);
+    for round in 0..KILLED_MAX {
+        let mut flood = Node::start(&addr, FLOOD, None);
+        let doomed = accepted(&mut server);
+        let mut frames = 0;
+        until(&mut server, |server| {
+            server.poll(&mut events);
+            frames += events.drain(..).filter(|event| matches!(event, Event::Frame { .. })).count();
+            frames > 20
+        });
+        // Killed while it is read from: one that waits for room takes no place.
+        std::thread::scope(|scope| {
+            scope.spawn(|| {
+                std::thread::sleep(Duration::from_micros(2000 + 37 * round));
+                flood.kill();
+            });
+            until(&mut server, |server| {
+                server.poll(&mut events);
+                events.iter().any(|event| matches!(event, Event::Closed { channel, .. } if *channel == doomed))
+            });
+        });
+        // Either the way is free, or it is opened anew, and all who came by it are told to come again.
+        assert!(try_send(&mut server, alive, &dispatch(round, 2, 100)));
+        let begun = Instant::now();
+        until(&mut server, |server| {
+            server.poll(&mut events);
+            let of_alive = |event: &Event| match event {
+                Event::Frame { channel, .. } | Event::Closed { channel, .. } => *channel == alive,
+                Event::Accepted { .. } => false,
+            };
+            events.iter().any(of_alive)
+        });
+        assert!(begun.elapsed() < Duration::from_secs(1), "after {:?}", begun.elapsed());
+        if events.drain(..).any(|event| matches!(event, Event::Closed { channel, .. } if channel == alive)) {
+            blocked += 1;
+            assert_eq!(server.stats().refused.get("blocked queue"), Some(&blocked));
+            echo = Node::start(&addr, ECHO, None);
+            alive = accepted(&mut server);
+            round_trip(&mut server, alive, round, 100_000);
+        }
+        if blocked == 2 {
+            break;
+        }
+    }
+    assert!(blocked > 0, "of {KILLED_MAX} none was killed while it wrote");
+    drop(echo);
 }
 
 /// Mappings of memory that UCX shares with others of this host, by either of its two ways.
