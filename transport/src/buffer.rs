@@ -1,9 +1,9 @@
 //! The bounded window that frames are built and read in.
 //!
 //! Bodies come out of a [`Window`] and go back when dropped, from whichever thread; those that went back are handed out
-//! again, so a steady state allocates nothing, and what a burst needed and nothing since goes back to the system. Sending and receiving may each take three quarters of the window at most:
-//! a node whose queues are full of answers can still receive, and one that is flooded can still answer, which is what
-//! keeps two nodes from waiting for each other for ever.
+//! again, so a steady state allocates nothing, and what a burst needed and nothing since goes back to the system. Sending
+//! and receiving may each take three quarters of the window at most: a node whose queues are full of answers can still
+//! receive, and one that is flooded can still answer, which is what keeps two nodes from waiting for each other for ever.
 
 use std::fmt;
 use std::ops::{Deref, DerefMut};

@@ -13,9 +13,9 @@ use ucx_sys as sys;
 use crate::buffer::{FrameBuf, Window};
 use crate::frame::HEADER_BYTES;
 
-/// Bytes of the active-message header of an acknowledgement, the receiver's token and how many frames were taken, and of a
-/// sentinel's message, its secret and how many it sent.
-pub const COUNT_BYTES: usize = 16;
+/// Bytes of the active-message header of an acknowledgement: the receiver's token, then how many frames were taken. The
+/// sentinel's messages are such too, under a token that no channel has.
+pub const ACK_BYTES: usize = 16;
 /// Bytes that a frame's every active message begins with: the receiver's token, the frame's number, where in the body the
 /// message's part of it goes, and the body's length.
 pub const PREFIX_BYTES: usize = 24;
@@ -121,9 +121,9 @@ struct State {
     arrivals: VecDeque<(Token, Arrival)>,
     failed: Vec<(usize, i8)>,
     unknown: u64,
-    /// What the sentinel's messages begin with.
+    /// The token of the sentinel.
     secret: Token,
-    /// How many of them came.
+    /// How many messages it says that it has sent.
     sentinel: u64,
 }
 
@@ -202,7 +202,7 @@ impl Inbox {
         std::mem::take(&mut self.0.borrow_mut().unknown)
     }
 
-    /// How many of the sentinel's messages came.
+    /// How many messages the sentinel had sent when it sent the last that came.
     pub fn sentinel(&self) -> u64 {
         self.0.borrow().sentinel
     }
@@ -250,18 +250,12 @@ impl Inbox {
 
     fn ack(&self, head: &[u8]) {
         let Ok(mut state) = self.0.try_borrow_mut() else { return };
-        match counted(head) {
+        let head: Option<&[u8; ACK_BYTES]> = head.try_into().ok();
+        match head.map(|head| (Token(u64_at(head, 0)), u64_at(head, 8))) {
+            Some((token, count)) if token == state.secret => state.sentinel = state.sentinel.max(count),
             Some((token, count)) if state.peer(token).is_some() => {
                 state.arrivals.push_back((token, Arrival::Ack(count)));
             }
-            _ => state.unknown += 1,
-        }
-    }
-
-    fn sentinel_came(&self, head: &[u8]) {
-        let Ok(mut state) = self.0.try_borrow_mut() else { return };
-        match counted(head) {
-            Some((secret, count)) if secret == state.secret => state.sentinel = state.sentinel.max(count),
             _ => state.unknown += 1,
         }
     }
@@ -375,12 +369,6 @@ impl Prefix {
     }
 }
 
-/// The token and the count of a message that has no more.
-fn counted(head: &[u8]) -> Option<(Token, u64)> {
-    let head: &[u8; COUNT_BYTES] = head.try_into().ok()?;
-    Some((Token(u64_at(head, 0)), u64_at(head, 8)))
-}
-
 fn u64_at<const N: usize>(bytes: &[u8; N], at: usize) -> u64 {
     u64::from_le_bytes(std::array::from_fn(|byte| bytes[at + byte]))
 }
@@ -439,24 +427,6 @@ pub unsafe extern "C" fn on_ack(
     // SAFETY: as in `on_frame`. Returning UCS_OK drops whatever data came along.
     let (inbox, head) = unsafe { (&*arg.cast::<Inbox>(), slice(header, header_length)) };
     inbox.ack(head);
-    sys::ucs_status_t::UCS_OK
-}
-
-/// UCX's callback for a sentinel's message; `arg` is the [`Inbox`].
-///
-/// # Safety
-/// As for [`on_frame`].
-pub unsafe extern "C" fn on_sentinel(
-    arg: *mut c_void,
-    header: *const c_void,
-    header_length: usize,
-    _data: *mut c_void,
-    _length: usize,
-    _param: *const sys::ucp_am_recv_param_t,
-) -> sys::ucs_status_t {
-    // SAFETY: as in `on_frame`. Returning UCS_OK drops whatever data came along.
-    let (inbox, head) = unsafe { (&*arg.cast::<Inbox>(), slice(header, header_length)) };
-    inbox.sentinel_came(head);
     sys::ucs_status_t::UCS_OK
 }
 

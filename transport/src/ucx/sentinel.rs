@@ -68,7 +68,7 @@ impl Sentinel {
         if self.since.is_none() {
             self.ask_anew();
         }
-        self.worker.send_sentinel(&self.endpoint, self.secret, self.sent)
+        self.worker.send_ack(&self.endpoint, self.secret, self.secret, self.sent)
     }
 
     /// As if the message on its way had only just been sent.

@@ -38,9 +38,8 @@ const SHARED_PART_BYTES: usize = 8192 - HEAD_BYTES.next_multiple_of(BODY_ALIGN);
 /// Attempts to fall asleep that may find UCX busy before the wait returns instead.
 const ARM_TRIES_MAX: usize = 1000;
 
-/// UCX's names for the ways to share memory between processes; what it lists is followed by this.
-const SHARED: [&str; 3] = ["posix", "sysv", "xpmem"];
-const IN_MEMORY: &str = "/memory";
+/// UCX's names for the ways to share memory between processes.
+const SHARED: [&str; 3] = ["posix/memory", "sysv/memory", "xpmem/memory"];
 
 /// A worker, and what depends on it: made anew together.
 pub struct Queues {
@@ -62,8 +61,7 @@ impl Queues {
         let inbox = Inbox::new(Arc::clone(window), limits.body_bytes_max, limits.channels_max, secret);
         let mut worker = Worker::new(context, inbox)?;
         let (event_fd, addresses) = (worker.event_fd()?, [worker.address(false)?, worker.address(true)?]);
-        let listed = |way: &str| transports.iter().any(|listed| listed.strip_suffix(IN_MEMORY) == Some(way));
-        let sentinel = match SHARED.into_iter().any(listed) {
+        let sentinel = match transports.iter().any(|way| SHARED.contains(&way.as_str())) {
             true => Some(Sentinel::new(options, &mut worker, &addresses[0], secret)?),
             false => None,
         };
@@ -239,7 +237,11 @@ impl UcxTransport {
                     let (id, error) = (channel.id, channel.failed("send a frame", error));
                     self.break_later(id, error);
                 }
-                (Ok(()), Some(frame)) => self.go_on(token.place(), frame),
+                (Ok(()), Some(frame)) => {
+                    if self.give(token.place(), frame) {
+                        self.pump(token.place());
+                    }
+                }
                 (Ok(()), None) => {}
             }
         }
@@ -302,13 +304,6 @@ impl UcxTransport {
             if !self.give(place, frame) {
                 return;
             }
-        }
-    }
-
-    /// Goes on with a frame that UCX had no room for, and with those behind it.
-    fn go_on(&mut self, place: usize, frame: Sending) {
-        if self.give(place, frame) {
-            self.pump(place);
         }
     }
 

@@ -15,8 +15,6 @@ use super::library::{Context, UcxError, check, status_words};
 const AM_FRAME: u32 = 1;
 /// The active message that acknowledges frames.
 const AM_ACK: u32 = 2;
-/// The active message by which a sentinel finds out whether messages come through.
-const AM_SENTINEL: u32 = 3;
 /// How long a worker that goes waits for what it still has under way.
 const DRAIN_MAX: Duration = Duration::from_millis(50);
 
@@ -93,7 +91,6 @@ impl Worker {
         let worker = Self { raw, context, inbox, ops: Vec::new(), spare_heads: Vec::new() };
         worker.handle(AM_FRAME, inbox::on_frame)?;
         worker.handle(AM_ACK, inbox::on_ack)?;
-        worker.handle(AM_SENTINEL, inbox::on_sentinel)?;
         Ok(worker)
     }
 
@@ -223,20 +220,11 @@ impl Worker {
 
     /// Tells the peer, by its own `token`, how many of its frames were taken.
     pub fn send_ack(&mut self, to: &Endpoint, channel: Token, token: Token, count: u64) -> Result<(), UcxError> {
-        self.send_count(to, channel, AM_ACK, token, count)
-    }
-
-    /// Sends a sentinel's `count`th message to another worker of this process, which knows it by `secret`.
-    pub fn send_sentinel(&mut self, to: &Endpoint, secret: Token, count: u64) -> Result<(), UcxError> {
-        self.send_count(to, secret, AM_SENTINEL, secret, count)
-    }
-
-    fn send_count(&mut self, to: &Endpoint, channel: Token, id: u32, token: Token, count: u64) -> Result<(), UcxError> {
         let mut kept = self.spare_head();
         kept[..8].copy_from_slice(&token.0.to_le_bytes());
-        kept[8..inbox::COUNT_BYTES].copy_from_slice(&count.to_le_bytes());
+        kept[8..inbox::ACK_BYTES].copy_from_slice(&count.to_le_bytes());
         // SAFETY: see `start`; there is no body.
-        let request = unsafe { self.start(to, id, &kept[..inbox::COUNT_BYTES], &[]) };
+        let request = unsafe { self.start(to, AM_ACK, &kept[..inbox::ACK_BYTES], &[]) };
         if self.started("ucp_am_send_nbx", request)? {
             self.spare_heads.push(kept);
         } else {
