@@ -2,7 +2,8 @@
 //!
 //! All who share memory with a worker write to one queue of it: whoever has a message takes the next place, writes it and
 //! marks it as written (`uct_mm_ep_am_common_send`). A process that is killed in between leaves a place that never is, and
-//! of what others wrote behind it nothing would ever be read, without a sign of that. So whenever such a peer has gone, a
+//! of what others wrote behind it nothing would ever be read, without a sign of that; one that is stopped in between keeps
+//! everybody's messages back until it goes on. So whenever such a peer has gone, and whenever nothing has come for long, a
 //! second worker of this process sends a message the same way; if it does not arrive, the queue is given up and all peers
 //! come anew.
 
@@ -21,6 +22,8 @@ const BLOCKED_AFTER: Duration = Duration::from_millis(20);
 const LOOKS_MIN: u32 = 32;
 /// How long the first message may take: the way is made meanwhile.
 const FIRST_MAX: Duration = Duration::from_secs(1);
+/// After a wait of so long for anything from anybody a message is sent. Less than a node may be silent.
+pub const QUIET: Duration = Duration::from_millis(200);
 /// How often a wait must look while a message is on its way.
 pub const LOOK_EVERY: Duration = Duration::from_millis(1);
 

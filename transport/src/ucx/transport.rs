@@ -11,7 +11,7 @@ use super::door::{Door, Entered};
 use super::inbox::{ACK_EVERY, Arrival, HEAD_BYTES, Inbox, Token};
 use super::library::{Context, UcxError};
 use super::peer::{Channel, failed, unavailable, violation};
-use super::sentinel::{LOOK_EVERY, Sentinel};
+use super::sentinel::{LOOK_EVERY, QUIET, Sentinel};
 use super::sleep::{Waker, Watched};
 use super::worker::{Finished, Worker};
 use crate::buffer::{BODY_ALIGN, FrameBuf, Window};
@@ -90,6 +90,8 @@ pub struct UcxTransport {
     finished: Vec<Finished>,
     watched: Watched,
     polls: u32,
+    /// Since when waits have been for nothing.
+    quiet_since: Option<Instant>,
     stats: TransportStats,
 }
 
@@ -129,6 +131,7 @@ impl UcxTransport {
             finished: Vec::new(),
             watched: Watched::default(),
             polls: 0,
+            quiet_since: None,
             stats: TransportStats::default(),
         })
     }
@@ -194,6 +197,9 @@ impl UcxTransport {
         }
         if self.starving {
             self.feed();
+        }
+        if moved {
+            self.quiet_since = None;
         }
         moved
     }
@@ -401,15 +407,33 @@ impl UcxTransport {
         }
         // Everything on it was cancelled just now.
         self.reap();
-        if let Some(sentinel) = self.queues.sentinel.as_mut().filter(|_| channel.same_host)
-            && let Err(error) = sentinel.ask()
-        {
-            tracing::warn!(%error, "cannot tell whether a peer that is gone has blocked this node's queue");
+        if channel.same_host {
+            self.ask_sentinel();
         }
         true
     }
 
-    /// If a peer that was killed has blocked the queue: gives it up, and with it every channel. Peers come anew.
+    /// Finds out whether the queue is blocked; [`Self::renew_if_blocked`] acts on it.
+    fn ask_sentinel(&mut self) {
+        let Some(sentinel) = self.queues.sentinel.as_mut() else { return };
+        if let Err(error) = sentinel.ask() {
+            tracing::warn!(%error, "cannot tell whether a peer has blocked this node's queue");
+        }
+    }
+
+    /// When a wait that begins now is to look whether the queue is blocked, if anybody is there who could have done that.
+    fn look_at(&mut self, begun: Instant) -> Option<Instant> {
+        let sentinel = self.queues.sentinel.as_ref()?;
+        if sentinel.is_asking() {
+            return Some(begun + LOOK_EVERY);
+        }
+        if !self.channels.iter().flatten().any(|channel| channel.same_host) {
+            return None;
+        }
+        Some(*self.quiet_since.get_or_insert(begun) + QUIET)
+    }
+
+    /// If a peer that was killed or stopped has blocked the queue: gives it up, and with it every channel. Peers come anew.
     fn renew_if_blocked(&mut self, events: &mut Vec<Event>) {
         let Queues { sentinel, worker, .. } = &mut self.queues;
         if !sentinel.as_mut().is_some_and(|sentinel| sentinel.is_blocked(worker)) {
@@ -419,7 +443,7 @@ impl UcxTransport {
         let open: Vec<_> = self.channels.iter().flatten().map(|channel| (channel.id, channel.name.clone())).collect();
         tracing::warn!(
             channels = open.len(),
-            "a peer was killed while it wrote to this node's queue: opening a new one"
+            "a peer was killed or stopped while it wrote to this node's queue: opening a new one"
         );
         for (id, peer) in open {
             self.break_later(id, TransportError::Closed { peer });
@@ -500,12 +524,17 @@ impl Transport for UcxTransport {
             return;
         }
         let begun = Instant::now();
-        let asking = self.queues.sentinel.as_ref().is_some_and(Sentinel::is_asking);
-        let deadline = if asking { deadline.min(begun + LOOK_EVERY) } else { deadline };
+        let look_at = self.look_at(begun);
+        let deadline = look_at.map_or(deadline, |at| at.min(deadline));
         if !self.spin(begun, deadline) {
             self.sleep(deadline);
         }
-        self.budget.learn(begun.elapsed());
+        let now = Instant::now();
+        self.budget.learn(now.saturating_duration_since(begun));
+        if self.quiet_since.is_some_and(|since| now.saturating_duration_since(since) >= QUIET) {
+            self.quiet_since = Some(now);
+            self.ask_sentinel();
+        }
     }
 
     fn waker(&self) -> Arc<dyn Wake> {

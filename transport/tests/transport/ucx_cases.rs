@@ -69,6 +69,13 @@ impl Node {
         assert!(said.any(|line| line.contains("connected")));
     }
 
+    #[allow(unsafe_code)]
+    fn signal(&self, signal: libc::c_int) {
+        let pid = libc::pid_t::try_from(self.0.id()).unwrap();
+        // SAFETY: passes numbers; the process is our child and not waited for yet, so the id is still its own.
+        assert_eq!(unsafe { libc::kill(pid, signal) }, 0);
+    }
+
     fn kill(&mut self) {
         self.0.kill().unwrap();
         self.0.wait().unwrap();
@@ -255,21 +262,17 @@ fn frames_of_a_process_that_was_killed_do_no_harm_over_the_network() {
     }
 }
 
-/// In the queue by which processes of a host reach another, a place is taken before it is written: one that is killed in
-/// between leaves it neither free nor full, and of what is behind it nothing would ever be read.
-#[test]
-fn a_process_killed_while_it_writes_keeps_nobody_out_for_long() {
-    const KILLED_MAX: u64 = 200;
-    if kind().is_none() {
-        return;
-    }
+/// In the queue by which processes of a host reach another, a place is taken before it is written: one that ends, or is
+/// stopped, in between leaves it neither free nor full, and of what is behind it nothing would be read.
+fn a_process_ended_while_it_writes_keeps_nobody_out_for_long(signal: libc::c_int) {
+    const ENDED_MAX: u64 = 200;
     let mut server = server(None);
     let addr = server.local_addr().to_owned();
     let mut echo = Node::start(&addr, ECHO, None);
     let mut alive = accepted(&mut server);
     let (mut events, mut blocked) = (Vec::new(), 0);
-    for round in 0..KILLED_MAX {
-        let mut flood = Node::start(&addr, FLOOD, None);
+    for round in 0..ENDED_MAX {
+        let flood = Node::start(&addr, FLOOD, None);
         let doomed = accepted(&mut server);
         let mut frames = 0;
         until(&mut server, |server| {
@@ -277,15 +280,15 @@ fn a_process_killed_while_it_writes_keeps_nobody_out_for_long() {
             frames += events.drain(..).filter(|event| matches!(event, Event::Frame { .. })).count();
             frames > 20
         });
-        // Killed while it is read from: one that waits for room takes no place.
+        // While it is read from: one that waits for room takes no place.
         std::thread::scope(|scope| {
-            scope.spawn(|| {
+            let ended = scope.spawn(|| {
                 std::thread::sleep(Duration::from_micros(2000 + 37 * round));
-                flood.kill();
+                flood.signal(signal);
             });
             until(&mut server, |server| {
                 server.poll(&mut events);
-                events.iter().any(|event| matches!(event, Event::Closed { channel, .. } if *channel == doomed))
+                ended.is_finished()
             });
         });
         // Either the way is free, or it is opened anew, and all who came by it are told to come again.
@@ -300,6 +303,11 @@ fn a_process_killed_while_it_writes_keeps_nobody_out_for_long() {
             events.iter().any(of_alive)
         });
         assert!(begun.elapsed() < Duration::from_secs(1), "after {:?}", begun.elapsed());
+        drop(flood);
+        until(&mut server, |server| {
+            server.poll(&mut events);
+            events.iter().any(|event| matches!(event, Event::Closed { channel, .. } if *channel == doomed))
+        });
         if events.drain(..).any(|event| matches!(event, Event::Closed { channel, .. } if channel == alive)) {
             blocked += 1;
             assert_eq!(server.stats().refused.get("blocked queue"), Some(&blocked));
@@ -311,8 +319,22 @@ fn a_process_killed_while_it_writes_keeps_nobody_out_for_long() {
             break;
         }
     }
-    assert!(blocked > 0, "of {KILLED_MAX} none was killed while it wrote");
+    assert!(blocked > 0, "of {ENDED_MAX} none was ended while it wrote");
     drop(echo);
+}
+
+#[test]
+fn a_process_killed_while_it_writes_keeps_nobody_out_for_long() {
+    if kind().is_some() {
+        a_process_ended_while_it_writes_keeps_nobody_out_for_long(libc::SIGKILL);
+    }
+}
+
+#[test]
+fn a_process_stopped_while_it_writes_keeps_nobody_out_for_long() {
+    if kind().is_some() {
+        a_process_ended_while_it_writes_keeps_nobody_out_for_long(libc::SIGSTOP);
+    }
 }
 
 /// Mappings of memory that UCX shares with others of this host, by either of its two ways.
