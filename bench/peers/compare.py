@@ -166,10 +166,11 @@ def start(args: argparse.Namespace, running: contextlib.ExitStack) -> list:
         engines.append(engine)
         return ready
 
+    peers = [peer for peer in args.peers.split(",") if peer]
+    weights_of = {peer: gguf_of(args.model, args.gguf_dir) if peer.startswith("llama.cpp") else args.model for peer in peers}
     for shape in filter(None, args.shapes.split(",")):
         run(Mesh(shape, args.model, args.mesh_threads, args.bin_dir))
-    for peer in filter(None, args.peers.split(",")):
-        weights = gguf_of(args.model, args.gguf_dir) if peer.startswith("llama.cpp") else args.model
+    for peer, weights in weights_of.items():
         for name in [f"{RPC}/layers", f"{RPC}/experts"] if peer == RPC else [peer]:
             workers = []
             for _ in range(args.rpc_workers if peer == RPC else 0):

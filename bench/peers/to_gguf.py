@@ -6,8 +6,7 @@ import pathlib
 import sys
 
 import gguf
-import torch
-from safetensors import safe_open
+import numpy
 
 NAMES = {
     "self_attn.q_proj": "attn_q",
@@ -22,12 +21,27 @@ NAMES = {
 }
 
 
+def tensors(file: pathlib.Path) -> dict[str, numpy.ndarray]:
+    """The bf16 tensors of a safetensors file, mapped, as 16-bit integers: numpy has no type for them."""
+    with file.open("rb") as opened:
+        header_bytes = int.from_bytes(opened.read(8), "little")
+        header = json.loads(opened.read(header_bytes))
+    found = {}
+    for name, of in header.items():
+        if name == "__metadata__":
+            continue
+        if of["dtype"] != "BF16":
+            sys.exit(f"{file}: {name} is {of['dtype']}; only bf16 is converted")
+        begin = 8 + header_bytes + of["data_offsets"][0]
+        found[name] = numpy.memmap(file, "<u2", "r", begin, tuple(of["shape"]))
+    return found
+
+
 def main(model: pathlib.Path, out: pathlib.Path) -> None:
     config = json.loads((model / "config.json").read_text())
     if config["model_type"] != "qwen3_moe" or config["mlp_only_layers"] or config["tie_word_embeddings"]:
         sys.exit(f"{model}: only Qwen3-MoE with experts in every layer and an output matrix of its own is converted")
-    shards = [safe_open(file, "pt") for file in sorted(model.glob("*.safetensors"))]
-    where = {name: shard for shard in shards for name in shard.keys()}
+    weights = {name: of for file in sorted(model.glob("*.safetensors")) for name, of in tensors(file).items()}
 
     writer = gguf.GGUFWriter(out, "qwen3moe")
     writer.add_file_type(gguf.LlamaFileType.MOSTLY_BF16)
@@ -60,27 +74,23 @@ def main(model: pathlib.Path, out: pathlib.Path) -> None:
     writer.add_token_merges([merge if isinstance(merge, str) else " ".join(merge) for merge in merges])
     writer.add_eos_token_id(config["eos_token_id"])
 
-    def add(name: str, tensor: torch.Tensor) -> None:
+    def add(name: str, tensor: numpy.ndarray) -> None:
         # Vectors and the router are kept in f32 by llama.cpp's own converter too; the values are the same.
-        if tensor.dim() == 1 or name.endswith("ffn_gate_inp.weight"):
-            writer.add_tensor(name, tensor.float().numpy())
+        if tensor.ndim == 1 or name.endswith("ffn_gate_inp.weight"):
+            writer.add_tensor(name, (tensor.astype("<u4") << 16).view("<f4"))
         else:
-            raw = tensor.to(torch.bfloat16).contiguous().view(torch.uint8).numpy()
-            writer.add_tensor(name, raw, raw_dtype=gguf.GGMLQuantizationType.BF16)
+            writer.add_tensor(name, tensor.view("u1"), raw_dtype=gguf.GGMLQuantizationType.BF16)
 
-    def read(name: str) -> torch.Tensor:
-        return where[name].get_tensor(name)
-
-    add("token_embd.weight", read("model.embed_tokens.weight"))
-    add("output_norm.weight", read("model.norm.weight"))
-    add("output.weight", read("lm_head.weight"))
+    add("token_embd.weight", weights["model.embed_tokens.weight"])
+    add("output_norm.weight", weights["model.norm.weight"])
+    add("output.weight", weights["lm_head.weight"])
     for layer in range(config["num_hidden_layers"]):
         of, to = f"model.layers.{layer}", f"blk.{layer}"
         for theirs, ours in NAMES.items():
-            add(f"{to}.{ours}.weight", read(f"{of}.{theirs}.weight"))
+            add(f"{to}.{ours}.weight", weights[f"{of}.{theirs}.weight"])
         for part in ("gate", "up", "down"):
             names = (f"{of}.mlp.experts.{expert}.{part}_proj.weight" for expert in range(config["num_experts"]))
-            add(f"{to}.ffn_{part}_exps.weight", torch.stack([read(name) for name in names]))
+            add(f"{to}.ffn_{part}_exps.weight", numpy.stack([weights[name] for name in names]))
         print(f"layer {layer + 1} of {config['num_hidden_layers']}", file=sys.stderr)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
