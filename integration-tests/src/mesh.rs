@@ -365,6 +365,8 @@ impl Mesh {
         let mut shell = Command::new("sh");
         let limited = format!("trap '' XFSZ; ulimit -f {blocks}; exec \"$0\" \"$@\"");
         shell.args(["-c", &limited]).arg(binary(&format!("{role}-svc")));
+        // The limit would meet the files through which UCX shares memory too, which are on no disk.
+        shell.env("UCX_TLS", "^posix");
         self.spawn_as(&mut shell, &self.model, dtype, args)
     }
 

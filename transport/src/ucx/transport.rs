@@ -421,16 +421,10 @@ impl UcxTransport {
         }
     }
 
-    /// When a wait that begins now is to look whether the queue is blocked, if anybody is there who could have done that.
+    /// When a wait that begins now is to look whether the queue is blocked.
     fn look_at(&mut self, begun: Instant) -> Option<Instant> {
-        let sentinel = self.queues.sentinel.as_ref()?;
-        if sentinel.is_asking() {
-            return Some(begun + LOOK_EVERY);
-        }
-        if !self.channels.iter().flatten().any(|channel| channel.same_host) {
-            return None;
-        }
-        Some(*self.quiet_since.get_or_insert(begun) + QUIET)
+        let asking = self.queues.sentinel.as_ref()?.is_asking();
+        Some(if asking { begun + LOOK_EVERY } else { *self.quiet_since.get_or_insert(begun) + QUIET })
     }
 
     /// If a peer that was killed or stopped has blocked the queue: gives it up, and with it every channel. Peers come anew.
