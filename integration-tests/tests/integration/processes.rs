@@ -1,5 +1,6 @@
 //! The command line and the processes that it starts: what they print, that they end, and that they rest.
 
+use std::collections::HashMap;
 use std::time::Duration;
 
 use integration_tests::generation::ids_request;
@@ -11,8 +12,6 @@ use tokio::process::Command;
 
 /// How long an idle mesh is watched.
 const IDLE_WATCH: Duration = Duration::from_secs(8);
-/// Clock ticks of /proc/PID/stat in a second: the kernel's USER_HZ, the same on every Linux architecture served.
-const TICKS_PER_SECOND: u64 = 100;
 
 async fn meshctl(args: &[&str]) -> (i32, String, String) {
     let output = soon("meshctl", Command::new(binary("meshctl")).args(args).kill_on_drop(true).output()).await;
@@ -214,12 +213,18 @@ async fn bench_tells_where_the_time_of_every_node_went() {
     }
 }
 
-/// User and system time that a process has taken, in clock ticks.
-fn cpu_ticks(pid: u32) -> u64 {
-    let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).expect("the process runs");
-    let (_, fields) = stat.rsplit_once(") ").expect("the command's name is in parentheses");
-    // utime and stime are fields 14 and 15 of the file; the state after the name is field 3.
-    fields.split(' ').skip(11).take(2).map(|t| t.parse::<u64>().expect("a number")).sum()
+/// How long each thread of a process has run, by its id. Clock ticks would be too coarse: each of a mesh's processes may be
+/// one off, and all that they may take is a few.
+fn run_times(pid: u32) -> HashMap<u32, Duration> {
+    let threads = std::fs::read_dir(format!("/proc/{pid}/task")).expect("the process runs");
+    let ids = threads.filter_map(|thread| thread.ok()?.file_name().to_str()?.parse::<u32>().ok());
+    // One that has ended since it was listed has nothing to read.
+    ids.filter_map(|id| {
+        let stat = std::fs::read_to_string(format!("/proc/{pid}/task/{id}/schedstat")).ok()?;
+        let nanos = stat.split(' ').next().and_then(|nanos| nanos.parse().ok()).expect("nanoseconds on a processor");
+        Some((id, Duration::from_nanos(nanos)))
+    })
+    .collect()
 }
 
 async fn rests(transport: Transport) {
@@ -230,13 +235,15 @@ async fn rests(transport: Transport) {
     pids.push(mesh.pid());
     pids.sort_unstable();
     pids.dedup();
-    let ticks = || pids.iter().map(|pid| cpu_ticks(*pid)).sum::<u64>();
-    let before = ticks();
+    let run_times = || pids.iter().flat_map(|pid| run_times(*pid)).collect::<HashMap<_, _>>();
+    let before = run_times();
+    assert!(before.len() >= pids.len() && before.values().any(|ran| !ran.is_zero()), "no run times: {before:?}");
     tokio::time::sleep(IDLE_WATCH).await;
-    let used = ticks() - before;
-    let bound = IDLE_WATCH.as_secs() * TICKS_PER_SECOND / 100;
-    eprintln!("idle over {}: {used} ticks in {IDLE_WATCH:?}, 1 % of one core is {bound}", transport.flag());
-    assert!(used < bound, "an idle mesh of {} processes took {used} ticks, the bound is {bound}", pids.len());
+    let used: Duration =
+        run_times().iter().map(|(id, ran)| ran.saturating_sub(before.get(id).copied().unwrap_or_default())).sum();
+    let bound = IDLE_WATCH / 100;
+    eprintln!("idle over {}: {used:?} of a processor in {IDLE_WATCH:?}, the bound is {bound:?}", transport.flag());
+    assert!(used < bound, "an idle mesh of {} processes took {used:?}, the bound is {bound:?}", pids.len());
 }
 
 #[tokio::test]

@@ -23,9 +23,45 @@ const LOOKS_MIN: u32 = 32;
 /// How long the first message may take: the way is made meanwhile.
 const FIRST_MAX: Duration = Duration::from_secs(1);
 /// After a wait of so long for anything from anybody a message is sent. Less than a node may be silent.
-pub const QUIET: Duration = Duration::from_millis(200);
+const QUIET_MIN: Duration = Duration::from_millis(200);
+/// The next is sent after twice as long, up to this: nothing that nobody writes to is blocked, and an idle mesh shall rest.
+const QUIET_MAX: Duration = Duration::from_millis(3200);
 /// How often a wait must look while a message is on its way.
 pub const LOOK_EVERY: Duration = Duration::from_millis(1);
+
+/// Tells when waits for anything from anybody have been for nothing for so long that the queue may be blocked.
+#[derive(Debug)]
+pub struct Quiet {
+    since: Option<Instant>,
+    bearable: Duration,
+}
+
+impl Default for Quiet {
+    fn default() -> Self {
+        Self { since: None, bearable: QUIET_MIN }
+    }
+}
+
+impl Quiet {
+    /// When a wait that begins at `now` must end, if nothing comes until then.
+    pub fn ends(&mut self, now: Instant) -> Instant {
+        *self.since.get_or_insert(now) + self.bearable
+    }
+
+    /// Something came.
+    pub fn broken(&mut self) {
+        *self = Self::default();
+    }
+
+    /// Whether it has been too long at `now`; then it begins anew, and twice as long will be borne.
+    pub fn is_over(&mut self, now: Instant) -> bool {
+        let over = self.since.is_some_and(|since| now.saturating_duration_since(since) >= self.bearable);
+        if over {
+            *self = Self { since: Some(now), bearable: (self.bearable * 2).min(QUIET_MAX) };
+        }
+        over
+    }
+}
 
 /// A worker that sends to another of this process.
 pub struct Sentinel {
@@ -99,5 +135,27 @@ impl Sentinel {
             return false;
         }
         self.looks >= LOOKS_MIN && since.elapsed() >= BLOCKED_AFTER
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn quiet_is_borne_twice_as_long_each_time_up_to_a_bound_until_something_comes() {
+        let begun = Instant::now();
+        let (mut quiet, mut now, mut borne) = (Quiet::default(), begun, Vec::new());
+        assert!(!quiet.is_over(begun + QUIET_MAX), "nobody waits");
+        for _ in 0..7 {
+            let ends = quiet.ends(now);
+            assert!(!quiet.is_over(ends - Duration::from_millis(1)) && quiet.is_over(ends));
+            borne.push((ends - now).as_millis());
+            now = ends;
+        }
+        assert_eq!(borne, [200, 400, 800, 1600, 3200, 3200, 3200]);
+        quiet.broken();
+        assert_eq!(quiet.ends(now), now + QUIET_MIN);
+        assert_eq!(quiet.ends(now + QUIET_MIN / 2), now + QUIET_MIN, "a wait goes on where the one before it ended");
     }
 }

@@ -11,7 +11,7 @@ use super::door::{Door, Entered};
 use super::inbox::{ACK_EVERY, Arrival, HEAD_BYTES, Inbox, Token};
 use super::library::{Context, UcxError};
 use super::peer::{Channel, failed, unavailable, violation};
-use super::sentinel::{LOOK_EVERY, QUIET, Sentinel};
+use super::sentinel::{LOOK_EVERY, Quiet, Sentinel};
 use super::sleep::{Waker, Watched};
 use super::worker::{Finished, Worker};
 use crate::buffer::{BODY_ALIGN, FrameBuf, Window};
@@ -90,8 +90,7 @@ pub struct UcxTransport {
     finished: Vec<Finished>,
     watched: Watched,
     polls: u32,
-    /// Since when waits have been for nothing.
-    quiet_since: Option<Instant>,
+    quiet: Quiet,
     stats: TransportStats,
 }
 
@@ -131,7 +130,7 @@ impl UcxTransport {
             finished: Vec::new(),
             watched: Watched::default(),
             polls: 0,
-            quiet_since: None,
+            quiet: Quiet::default(),
             stats: TransportStats::default(),
         })
     }
@@ -190,6 +189,7 @@ impl UcxTransport {
         }
         while let Some((token, arrival)) = self.queues.worker.inbox().take() {
             moved = true;
+            self.quiet.broken();
             self.arrived(token, arrival);
         }
         if self.queues.worker.pending() > 0 {
@@ -197,9 +197,6 @@ impl UcxTransport {
         }
         if self.starving {
             self.feed();
-        }
-        if moved {
-            self.quiet_since = None;
         }
         moved
     }
@@ -424,7 +421,7 @@ impl UcxTransport {
     /// When a wait that begins now is to look whether the queue is blocked.
     fn look_at(&mut self, begun: Instant) -> Option<Instant> {
         let asking = self.queues.sentinel.as_ref()?.is_asking();
-        Some(if asking { begun + LOOK_EVERY } else { *self.quiet_since.get_or_insert(begun) + QUIET })
+        Some(if asking { begun + LOOK_EVERY } else { self.quiet.ends(begun) })
     }
 
     /// If a peer that was killed or stopped has blocked the queue: gives it up, and with it every channel. Peers come anew.
@@ -525,8 +522,7 @@ impl Transport for UcxTransport {
         }
         let now = Instant::now();
         self.budget.learn(now.saturating_duration_since(begun));
-        if self.quiet_since.is_some_and(|since| now.saturating_duration_since(since) >= QUIET) {
-            self.quiet_since = Some(now);
+        if self.quiet.is_over(now) {
             self.ask_sentinel();
         }
     }
