@@ -107,7 +107,7 @@ impl Default for RouterConfig {
             commit_max: Duration::from_secs(14),
             debounce: Duration::from_millis(50),
             absence_max: Duration::from_secs(2),
-            balance_every: Duration::from_secs(3),
+            balance_every: Duration::from_secs(2),
             rates_every: Duration::from_secs(30),
             hot_replicas: 0,
             moves_bytes_max: 1 << 30,

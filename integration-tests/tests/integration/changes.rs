@@ -277,7 +277,7 @@ async fn slow_is_named_and_loses_its_load(replicas: &str, share_max: f64) {
     });
     let slowed = Slowed::new(mesh.pids_of("expert")[2]);
     let begun = Instant::now();
-    // What it computes within a second, as a share of what all do.
+    // What it computes within half a second, as a share of what all do.
     let pairs = || async {
         let status = mesh.status().await;
         let of = |slot: Option<u32>| -> u64 {
@@ -288,7 +288,7 @@ async fn slow_is_named_and_loses_its_load(replicas: &str, share_max: f64) {
     };
     eventually("its load is gone", || async {
         let before = pairs().await;
-        tokio::time::sleep(Duration::from_secs(1)).await;
+        tokio::time::sleep(Duration::from_millis(500)).await;
         let after = pairs().await;
         let share = (after.0 - before.0) as f64 / (after.1 - before.1).max(1) as f64;
         if share < share_max { Ok(()) } else { Err(format!("{share}")) }

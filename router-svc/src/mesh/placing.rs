@@ -79,15 +79,16 @@ impl Mesh {
     }
 
     /// Takes over how fast expert nodes have been. A node counts as slow when two looks in a row find it so: who shares a processor
-    /// with a node that starts is slow for a moment, and its experts are not to be moved about for that.
+    /// with a node that starts is slow for a moment, and its experts are not to be moved about for that. How slow the second tells:
+    /// the first may have come before the averages followed.
     fn measure_speeds(&mut self, now: Instant) {
         let speeds = self.loads.speeds(now);
         let experts: Vec<(NodeId, Slot)> = self.members.live(Role::Expert).map(|n| (n.id, n.slot)).collect();
         for (id, slot) in experts {
             let found = speeds.get(&slot).copied().unwrap_or(1.0);
             let Some(node) = self.members.get_mut(id) else { continue };
-            let speed = found.max(node.speed_before);
-            node.speed_before = found;
+            let was_slow = std::mem::replace(&mut node.speed_before, found) < 1.0;
+            let speed = if was_slow { found } else { 1.0 };
             if (speed < 1.0) != (node.speed < 1.0) {
                 let label = node.label();
                 tracing::info!(
