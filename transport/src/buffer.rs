@@ -29,7 +29,17 @@ const TRIM_EVERY: usize = 16 << 10;
 enum Memory {
     Allocated(Box<[Block]>),
     Mapped(MmapMut),
+    Shared(Box<dyn Shared>),
 }
+
+/// Memory that other processes of this host can read where it is.
+pub trait Shared: DerefMut<Target = [u8]> + Send + Sync {
+    /// What they find it by.
+    fn key(&self) -> &[u8];
+}
+
+/// Makes shared memory of so many bytes, beginning at a page, if there is any to be had.
+pub type MakeShared = Box<dyn Fn(usize) -> Option<Box<dyn Shared>> + Send + Sync>;
 
 impl Memory {
     /// Of 64 << `class` bytes.
@@ -43,6 +53,10 @@ impl Memory {
     fn empty() -> Self {
         Memory::Allocated(Box::default())
     }
+
+    fn is_shared(&self) -> bool {
+        matches!(self, Memory::Shared(_))
+    }
 }
 
 impl Deref for Memory {
@@ -52,6 +66,7 @@ impl Deref for Memory {
         match self {
             Memory::Allocated(blocks) => bytemuck::cast_slice(blocks),
             Memory::Mapped(bytes) => bytes,
+            Memory::Shared(bytes) => bytes,
         }
     }
 }
@@ -61,6 +76,7 @@ impl DerefMut for Memory {
         match self {
             Memory::Allocated(blocks) => bytemuck::cast_slice_mut(blocks),
             Memory::Mapped(bytes) => bytes,
+            Memory::Shared(bytes) => bytes,
         }
     }
 }
@@ -78,15 +94,21 @@ struct Free {
 enum Use {
     Send,
     Receive,
+    /// It was sent, and a peer reads it where it is.
+    Lent,
 }
 
 #[derive(Default)]
 struct State {
     sending: usize,
     receiving: usize,
-    /// By size class: `free[c]` holds bodies of `64 << c` bytes.
+    /// Bodies that peers read where they are: beyond the window, at most as many as are shared.
+    lent: usize,
+    /// By size class: `free[c]` holds bodies of `64 << c` bytes; behind those, in the same order, the shared ones.
     free: Vec<Free>,
     free_count: usize,
+    /// Bodies in shared memory, in use or free.
+    shared: usize,
     /// Bodies taken since the last look at what is spare.
     taken: usize,
     /// Whether somebody found the window full and waits for the waker.
@@ -99,6 +121,7 @@ pub struct Window {
     body_bytes_max: usize,
     state: Mutex<State>,
     waker: OnceLock<Arc<dyn Wake>>,
+    make_shared: OnceLock<MakeShared>,
 }
 
 impl Window {
@@ -106,13 +129,26 @@ impl Window {
     /// Memory is taken as it is first needed.
     pub fn new(bodies_max: usize, body_bytes_max: usize) -> Arc<Self> {
         let classes = size_class(body_bytes_max) + 1;
-        let state = State { free: (0..classes).map(|_| Free::default()).collect(), ..State::default() };
+        let state = State { free: (0..2 * classes).map(|_| Free::default()).collect(), ..State::default() };
         Arc::new(Self {
             bodies_max: bodies_max.max(2),
             body_bytes_max,
             state: Mutex::new(state),
             waker: OnceLock::new(),
+            make_shared: OnceLock::new(),
         })
+    }
+
+    /// Larger bodies to build frames in are to be in shared memory from now on, as long as it can be had and at most
+    /// [`Self::shared_max`] are. Only the first call counts.
+    pub fn set_shared(&self, make: MakeShared) {
+        // As with the waker.
+        let _ = self.make_shared.set(make);
+    }
+
+    /// Bodies in shared memory, at most: a quarter of all.
+    pub fn shared_max(&self) -> usize {
+        self.bodies_max / 4
     }
 
     /// Whom to wake when a body comes back after the window was found full. Only the first call counts.
@@ -137,7 +173,7 @@ impl Window {
         self.take_for(Use::Receive, bytes)
     }
 
-    /// Bodies that were taken and not dropped yet.
+    /// Bodies that were taken and neither dropped nor lent yet.
     pub fn in_use(&self) -> usize {
         let state = self.lock();
         state.sending + state.receiving
@@ -162,7 +198,7 @@ impl Window {
         }
         let class = size_class(bytes);
         let mut unneeded = Vec::new();
-        let recycled = {
+        let (recycled, make) = {
             let mut guard = self.lock();
             let state = &mut *guard;
             let mine = if used == Use::Send { state.sending } else { state.receiving };
@@ -172,7 +208,15 @@ impl Window {
                 return Err(TransportError::WindowFull { bodies: self.bodies_max });
             }
             *(if used == Use::Send { &mut state.sending } else { &mut state.receiving }) += 1;
-            let recycled = state.free[class].take();
+            let can_share =
+                used == Use::Send && BODY_ALIGN << class >= MAPPED_BYTES && self.make_shared.get().is_some();
+            let shared = state.free.len() / 2 + class;
+            let mut recycled = if can_share { state.free[shared].take() } else { None };
+            let make = can_share && recycled.is_none() && state.shared < self.shared_max();
+            state.shared += usize::from(make);
+            if recycled.is_none() && !make {
+                recycled = state.free[class].take();
+            }
             if recycled.is_none() && state.sending + state.receiving + state.free_count > self.bodies_max {
                 // All memory is in other classes: give the largest back, so that the window's bound holds in bytes too.
                 unneeded.extend(state.free.iter_mut().rev().find_map(Free::take));
@@ -183,25 +227,65 @@ impl Window {
                 state.free.iter_mut().for_each(|free| free.trim(&mut unneeded));
             }
             state.free_count -= usize::from(recycled.is_some()) + unneeded.len();
-            recycled
+            state.shared -= unneeded.iter().filter(|memory| memory.is_shared()).count();
+            (recycled, make)
         };
         // Unmapped while nobody waits for the lock.
         drop(unneeded);
-        let memory = recycled.unwrap_or_else(|| Memory::new(class));
+        let memory = recycled.unwrap_or_else(|| if make { self.new_shared(class) } else { Memory::new(class) });
         Ok(FrameBuf { memory, len: bytes, window: Some(Arc::clone(self)), used })
+    }
+
+    /// Shared memory, which is counted already; other memory where there is none.
+    fn new_shared(&self, class: usize) -> Memory {
+        let made = self.make_shared.get().and_then(|make| make(BODY_ALIGN << class));
+        made.map_or_else(
+            || {
+                self.lock().shared -= 1;
+                Memory::new(class)
+            },
+            Memory::Shared,
+        )
     }
 
     fn give_back(&self, memory: Memory, used: Use) {
         let starved = {
             let mut state = self.lock();
-            *(if used == Use::Send { &mut state.sending } else { &mut state.receiving }) -= 1;
-            state.free[size_class(memory.len())].bodies.push(memory);
+            state.end(used);
+            let class = size_class(memory.len()) + if memory.is_shared() { state.free.len() / 2 } else { 0 };
+            state.free[class].bodies.push(memory);
             state.free_count += 1;
             std::mem::take(&mut state.starved)
         };
+        self.wake_if(starved);
+    }
+
+    /// A body that was to be sent is lent: it makes room for another.
+    fn lend(&self) {
+        let starved = {
+            let mut state = self.lock();
+            state.end(Use::Send);
+            state.lent += 1;
+            std::mem::take(&mut state.starved)
+        };
+        self.wake_if(starved);
+    }
+
+    fn wake_if(&self, starved: bool) {
         if let Some(waker) = self.waker.get().filter(|_| starved) {
             waker.wake();
         }
+    }
+}
+
+impl State {
+    /// A body is no longer in use.
+    fn end(&mut self, used: Use) {
+        *(match used {
+            Use::Send => &mut self.sending,
+            Use::Receive => &mut self.receiving,
+            Use::Lent => &mut self.lent,
+        }) -= 1;
     }
 }
 
@@ -243,6 +327,22 @@ impl FrameBuf {
     /// A body of no bytes; takes no room in any window.
     pub fn empty() -> Self {
         FrameBuf { memory: Memory::empty(), len: 0, window: None, used: Use::Send }
+    }
+
+    /// What other processes of this host find the body by, if it is in shared memory.
+    pub fn key(&self) -> Option<&[u8]> {
+        match &self.memory {
+            Memory::Shared(memory) => Some(memory.key()),
+            _ => None,
+        }
+    }
+
+    /// The body goes to a peer that reads it where it is: until it is dropped it keeps its memory, but takes no room in the window.
+    pub fn lend(&mut self) {
+        if let Some(window) = self.window.as_ref().filter(|_| self.used == Use::Send) {
+            window.lend();
+            self.used = Use::Lent;
+        }
     }
 }
 
@@ -340,6 +440,65 @@ mod tests {
         (0..TRIM_EVERY).for_each(|_| drop(window.take(64).unwrap()));
         (0..TRIM_EVERY).for_each(|_| drop(window.take(64).unwrap()));
         assert_eq!(free(), 1, "other bodies are looked at as well");
+    }
+
+    struct Remembered(Box<[Block]>);
+
+    impl Deref for Remembered {
+        type Target = [u8];
+        fn deref(&self) -> &[u8] {
+            bytemuck::cast_slice(&self.0)
+        }
+    }
+
+    impl DerefMut for Remembered {
+        fn deref_mut(&mut self) -> &mut [u8] {
+            bytemuck::cast_slice_mut(&mut self.0)
+        }
+    }
+
+    impl Shared for Remembered {
+        fn key(&self) -> &[u8] {
+            b"key"
+        }
+    }
+
+    #[test]
+    fn larger_bodies_to_send_are_in_shared_memory_up_to_a_quarter_of_all() {
+        let window = Window::new(16, 1 << 20);
+        let before = window.take(70_000).unwrap();
+        assert!(before.key().is_none(), "there is none yet");
+        window.set_shared(Box::new(|bytes| Some(Box::new(Remembered(bytemuck::zeroed_slice_box(bytes / BODY_ALIGN))))));
+        assert!(window.take(8192).unwrap().key().is_none(), "it is small");
+        assert!(window.take_received(70_000).unwrap().key().is_none(), "nobody else reads it");
+        let bodies: Vec<_> = (0..6).map(|_| window.take(70_000).unwrap()).collect();
+        assert_eq!(bodies.iter().filter(|body| body.key().is_some()).count(), window.shared_max());
+        assert_eq!(window.shared_max(), 4);
+        drop((before, bodies));
+        let mut lent = window.take(70_000).unwrap();
+        lent.lend();
+        let others: Vec<_> = (0..12).map(|_| window.take(70_000).unwrap()).collect();
+        assert_eq!(window.in_use(), 12, "what is lent takes no room");
+        drop((lent, others));
+        assert_eq!((window.in_use(), window.lock().lent), (0, 0));
+        for bytes in [70_000, 500_000, 70_000] {
+            assert_eq!(
+                window.take(bytes).unwrap().key().is_some(),
+                bytes == 70_000,
+                "all there may be are of another size"
+            );
+        }
+        (0..2 * TRIM_EVERY).for_each(|_| drop(window.take(64).unwrap()));
+        assert!(window.take(500_000).unwrap().key().is_some(), "those were not needed");
+    }
+
+    #[test]
+    fn where_no_memory_can_be_shared_bodies_are_as_without() {
+        let window = Window::new(16, 1 << 20);
+        window.set_shared(Box::new(|_| None));
+        let bodies: Vec<_> = (0..6).map(|_| window.take(70_000).unwrap()).collect();
+        assert!(bodies.iter().all(|body| body.key().is_none() && body.len() == 70_000));
+        assert_eq!(window.lock().shared, 0);
     }
 
     #[test]

@@ -13,22 +13,40 @@ pub struct Sending {
     prefix: Prefix,
     header: [u8; HEADER_BYTES],
     body: FrameBuf,
+    /// Whether it was lent before.
+    again: bool,
 }
 
 impl Sending {
     /// The next message: its active-message header, written to `head`, and its part of the body, `part_bytes` of it at most.
-    pub fn next<'a>(&self, part_bytes: usize, head: &'a mut [u8; HEAD_BYTES]) -> (&'a [u8], &[u8]) {
+    pub fn next<'a>(&self, part_bytes: usize, head: &'a mut [u8]) -> (&'a [u8], &[u8]) {
         let at = self.prefix.offset;
-        head[..PREFIX_BYTES].copy_from_slice(&self.prefix.encode());
-        head[PREFIX_BYTES..].copy_from_slice(&self.header);
+        self.head(&mut head[..HEAD_BYTES]);
         let head_bytes = if at == 0 { HEAD_BYTES } else { PREFIX_BYTES };
         (&head[..head_bytes], &self.body[at..self.body.len().min(at.saturating_add(part_bytes))])
+    }
+
+    /// Writes what the first message begins with to `head`, of [`HEAD_BYTES`].
+    pub fn head(&self, head: &mut [u8]) {
+        head[..PREFIX_BYTES].copy_from_slice(&self.prefix.encode());
+        head[PREFIX_BYTES..].copy_from_slice(&self.header);
+    }
+
+    /// What the peer can read the body by where it is, if that is worth it: it is in shared memory, and longer than one message
+    /// of `part_bytes`.
+    pub fn key(&self, part_bytes: usize) -> Option<&[u8]> {
+        self.body.key().filter(|_| self.body.len() > part_bytes)
     }
 
     /// `bytes` of the body are with UCX; whether that was the rest.
     pub fn advance(&mut self, bytes: usize) -> bool {
         self.prefix.offset += bytes;
         self.is_sent()
+    }
+
+    /// Whether it is sent once more.
+    pub fn is_again(&self) -> bool {
+        self.again
     }
 
     /// Bytes of the whole frame.
@@ -52,12 +70,27 @@ pub struct Outgoing {
     /// Whether UCX took a part of a frame and has no room for the next.
     halted: bool,
     waiting: VecDeque<([u8; HEADER_BYTES], FrameBuf)>,
+    /// Frames whose bodies the peer reads where they are, in their order.
+    lent: VecDeque<Sending>,
+    /// Whether the peer could read all that was lent to it so far.
+    reachable: bool,
+    /// Frames that it could not.
+    again: VecDeque<Sending>,
 }
 
 impl Outgoing {
     /// To a peer that calls the channel `theirs`.
     pub fn new(theirs: Token) -> Self {
-        Self { theirs, sent: 0, acked: 0, halted: false, waiting: VecDeque::new() }
+        Self {
+            theirs,
+            sent: 0,
+            acked: 0,
+            halted: false,
+            waiting: VecDeque::new(),
+            lent: VecDeque::new(),
+            reachable: true,
+            again: VecDeque::new(),
+        }
     }
 
     /// The name that the peer gave the channel.
@@ -82,13 +115,19 @@ impl Outgoing {
 
     /// The next frame that may go.
     pub fn next(&mut self) -> Option<Sending> {
-        if self.halted || self.sent - self.acked >= CREDITS {
+        if self.halted {
+            return None;
+        }
+        if let Some(frame) = self.again.pop_front() {
+            return Some(frame);
+        }
+        if self.sent - self.acked >= CREDITS {
             return None;
         }
         let (header, body) = self.waiting.pop_front()?;
         let prefix = Prefix { token: self.theirs, number: self.sent, offset: 0, body_bytes: body.len() };
         self.sent += 1;
-        Some(Sending { prefix, header, body })
+        Some(Sending { prefix, header, body, again: false })
     }
 
     /// The peer says that it has taken `count` frames in all; false if it cannot have.
@@ -96,7 +135,29 @@ impl Outgoing {
         let possible = count <= self.sent;
         // Acknowledgements may overtake each other: an older one says nothing new.
         self.acked = self.acked.max(count.min(self.sent));
+        while self.lent.front().is_some_and(|frame| frame.prefix.number < self.acked) {
+            self.lent.pop_front();
+        }
         possible
+    }
+
+    /// Whether the peer could read what was lent to it.
+    pub fn is_reachable(&self) -> bool {
+        self.reachable
+    }
+
+    /// Keeps a frame whose body the peer reads where it is.
+    pub fn lend(&mut self, mut frame: Sending) {
+        frame.body.lend();
+        self.lent.push_back(frame);
+    }
+
+    /// The peer cannot read the body of frame `number`, which is sent again with it; false if it was not lent.
+    pub fn unreachable(&mut self, number: u64) -> bool {
+        self.reachable = false;
+        let at = self.lent.iter().position(|frame| frame.prefix.number == number);
+        self.again.extend(at.and_then(|at| self.lent.remove(at)).map(|frame| Sending { again: true, ..frame }));
+        at.is_some()
     }
 }
 
@@ -123,6 +184,8 @@ pub struct Incoming {
     places: VecDeque<Place>,
     /// How many of `places` have no buffer.
     unbuffered: usize,
+    /// Frames since the last acknowledgement whose bodies the peer keeps.
+    borrowed: u64,
 }
 
 /// What a peer got wrong.
@@ -210,12 +273,17 @@ impl Incoming {
         }
     }
 
-    /// How many frames to acknowledge, when it is time to.
-    pub fn acknowledge_now(&mut self, every: u64) -> Option<u64> {
-        if self.delivered - self.acknowledged < every {
+    /// The body of a frame was copied out of where the peer keeps it.
+    pub fn borrowed(&mut self) {
+        self.borrowed += 1;
+    }
+
+    /// How many frames to acknowledge, when it is time to: after `every`, or after `every_borrowed` whose bodies the peer keeps.
+    pub fn acknowledge_now(&mut self, every: u64, every_borrowed: u64) -> Option<u64> {
+        if self.delivered - self.acknowledged < every && self.borrowed < every_borrowed {
             return None;
         }
-        self.acknowledged = self.delivered;
+        (self.acknowledged, self.borrowed) = (self.delivered, 0);
         Some(self.delivered)
     }
 }
@@ -331,6 +399,44 @@ mod tests {
     }
 
     #[test]
+    fn a_body_that_is_lent_is_kept_until_its_frame_is_acknowledged() {
+        let window = Window::new(8, BODY_BYTES_MAX);
+        let mut outgoing = Outgoing::new(Token(7));
+        for _ in 0..4 {
+            outgoing.push(header(), window.take(10).unwrap());
+            let frame = outgoing.next().unwrap();
+            outgoing.lend(frame);
+        }
+        assert_eq!((outgoing.lent.len(), window.in_use()), (4, 0));
+        assert!(outgoing.acknowledge(3));
+        assert_eq!(outgoing.lent.len(), 1);
+        assert!(outgoing.acknowledge(4));
+        assert_eq!((outgoing.lent.len(), window.in_use()), (0, 0));
+    }
+
+    #[test]
+    fn a_body_that_cannot_be_read_is_sent_again_before_others_under_its_number() {
+        let window = Window::new(8, BODY_BYTES_MAX);
+        let mut outgoing = Outgoing::new(Token(7));
+        for _ in 0..3 {
+            outgoing.push(header(), window.take(10).unwrap());
+            let frame = outgoing.next().unwrap();
+            outgoing.lend(frame);
+        }
+        outgoing.push(header(), FrameBuf::empty());
+        assert!(outgoing.is_reachable());
+        assert!(outgoing.unreachable(1) && !outgoing.is_reachable());
+        assert!(!outgoing.unreachable(1) && !outgoing.unreachable(9), "it is not lent");
+        outgoing.halt(true);
+        assert!(outgoing.next().is_none(), "in the middle of another");
+        outgoing.halt(false);
+        let again = outgoing.next().unwrap();
+        assert_eq!((again.prefix.number, again.is_again()), (1, true));
+        let new = outgoing.next().unwrap();
+        assert_eq!((new.prefix.number, new.is_again()), (3, false));
+    }
+
+    #[test]
     fn a_frame_is_cut_into_parts_that_say_where_they_belong() {
         let mut body = Window::new(2, BODY_BYTES_MAX).take(10).unwrap();
         body.iter_mut().enumerate().for_each(|(at, byte)| *byte = at as u8);
@@ -371,8 +477,11 @@ mod tests {
         for number in 0..2 * ACK_EVERY + 1 {
             arrive(&mut incoming, number).unwrap();
             incoming.next(&mut Damage::default()).unwrap().unwrap();
-            acknowledged.extend(incoming.acknowledge_now(ACK_EVERY));
+            acknowledged.extend(incoming.acknowledge_now(ACK_EVERY, 4));
         }
         assert_eq!(acknowledged, [ACK_EVERY, 2 * ACK_EVERY]);
+        (0..4).for_each(|_| incoming.borrowed());
+        assert_eq!(incoming.acknowledge_now(ACK_EVERY, 4), Some(2 * ACK_EVERY + 1), "the peer keeps four bodies");
+        assert_eq!(incoming.acknowledge_now(ACK_EVERY, 4), None);
     }
 }

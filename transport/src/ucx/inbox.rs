@@ -10,6 +10,7 @@ use std::sync::Arc;
 
 use ucx_sys as sys;
 
+use super::lend::KEY_BYTES_MAX;
 use crate::buffer::{FrameBuf, Window};
 use crate::frame::HEADER_BYTES;
 
@@ -25,6 +26,8 @@ pub const HEAD_BYTES: usize = PREFIX_BYTES + HEADER_BYTES;
 pub const CREDITS: u64 = 64;
 /// Frames delivered between two acknowledgements: half of the credits, so that a steady stream never stops.
 pub const ACK_EVERY: u64 = CREDITS / 2;
+/// The same for frames whose bodies the sender keeps until then.
+pub const ACK_EVERY_BORROWED: u64 = 4;
 
 /// Names a channel to the one who sends on it: random, with the place in the table in its low 16 bits.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -60,12 +63,12 @@ impl Payload {
         }
     }
 
-    fn fill(&mut self, offset: usize, part: &[u8]) {
-        let body: &mut [u8] = match self {
+    /// To fill it.
+    pub fn body(&mut self) -> &mut [u8] {
+        match self {
             Payload::Placed(body) => body,
             Payload::Beside(bytes) => bytes,
-        };
-        body[offset..offset + part.len()].copy_from_slice(part);
+        }
     }
 }
 
@@ -81,8 +84,21 @@ pub enum Arrival {
         /// Its body, whole.
         payload: Payload,
     },
+    /// A frame whose body is still where the peer keeps it.
+    Lent {
+        /// As of a frame that is here.
+        number: u64,
+        /// As of a frame that is here.
+        header: [u8; HEADER_BYTES],
+        /// Where its body is to go.
+        payload: Payload,
+        /// What the peer says its body can be read by.
+        key: Vec<u8>,
+    },
     /// The peer has taken this many of our frames.
     Ack(u64),
+    /// The peer cannot read the body of this frame of ours, which was lent to it.
+    Unreachable(u64),
     /// The peer broke the protocol.
     Violation(&'static str),
 }
@@ -219,6 +235,14 @@ impl Inbox {
         self.0.borrow_mut().buffer(token, number, bytes)
     }
 
+    /// The body of frame `number` of `token` could not be read where the peer keeps it: it is to come as others do, to `payload`.
+    pub fn expect(&self, token: Token, number: u64, payload: Payload) {
+        if let Some(peer) = self.0.borrow_mut().peer(token) {
+            peer.undelivered = peer.undelivered.saturating_sub(1);
+            peer.parts.push(Partial { number, header: None, payload, came: 0 });
+        }
+    }
+
     /// A message's callback.
     fn frame(&self, head: &[u8], part: Part<'_>) {
         // The only way to fail is a borrow held across a call into UCX, which the module rules out.
@@ -235,33 +259,88 @@ impl Inbox {
             return;
         };
         let let_in = match part {
-            Part::Here(part) => peer.refusal(&prefix, header, part, body_bytes_max).map_or(Ok(part), Err),
+            Part::Here(part) => peer.refusal(&prefix, header, part.len(), body_bytes_max).map_or(Ok(part), Err),
             Part::Elsewhere => Err("a body that is to be fetched"),
         };
         match let_in {
             Ok(part) => state.take_in(&prefix, header, part),
-            Err(why) => {
-                // Once is enough: whatever else the peer has sent is for no channel of ours.
-                state.admitted[token.place()] = None;
-                state.arrivals.push_back((token, Arrival::Violation(why)));
+            Err(why) => state.shut_out(token, why),
+        }
+    }
+
+    /// The callback of a message about a frame whose body is lent.
+    fn lent(&self, head: &[u8]) {
+        let Ok(mut state) = self.0.try_borrow_mut() else { return };
+        let body_bytes_max = state.body_bytes_max;
+        let known = head.split_first_chunk().and_then(|(prefix, rest)| {
+            let prefix = Prefix::decode(prefix);
+            let (header, key) = rest.split_first_chunk::<HEADER_BYTES>()?;
+            let peer = state.peer(prefix.token)?;
+            let twice = peer.parts.iter().any(|partial| partial.number == prefix.number);
+            let refusal = peer.refusal(&prefix, header, prefix.body_bytes, body_bytes_max);
+            let refusal = refusal.or(twice.then_some("a frame is both sent and lent"));
+            let refusal = refusal.or((key.len() > KEY_BYTES_MAX).then_some("a key that is too long"));
+            Some((prefix, *header, key, refusal))
+        });
+        match known {
+            None => state.unknown += 1,
+            Some((Prefix { token, .. }, _, _, Some(why))) => state.shut_out(token, why),
+            Some((Prefix { token, number, body_bytes, .. }, header, key, None)) => {
+                let payload = state.payload(token, number, body_bytes);
+                if let Some(peer) = state.peer(token) {
+                    peer.undelivered += 1;
+                    state.arrivals.push_back((token, Arrival::Lent { number, header, payload, key: key.to_vec() }));
+                }
             }
         }
     }
 
     fn ack(&self, head: &[u8]) {
         let Ok(mut state) = self.0.try_borrow_mut() else { return };
-        let head: Option<&[u8; ACK_BYTES]> = head.try_into().ok();
-        match head.map(|head| (Token(u64_at(head, 0)), u64_at(head, 8))) {
+        match counted(head) {
             Some((token, count)) if token == state.secret => state.sentinel = state.sentinel.max(count),
-            Some((token, count)) if state.peer(token).is_some() => {
-                state.arrivals.push_back((token, Arrival::Ack(count)));
-            }
-            _ => state.unknown += 1,
+            Some((token, count)) => state.told(token, Arrival::Ack(count)),
+            None => state.unknown += 1,
+        }
+    }
+
+    fn unreachable(&self, head: &[u8]) {
+        let Ok(mut state) = self.0.try_borrow_mut() else { return };
+        match counted(head) {
+            Some((token, number)) => state.told(token, Arrival::Unreachable(number)),
+            None => state.unknown += 1,
         }
     }
 }
 
+/// A message of a token and a number.
+fn counted(head: &[u8]) -> Option<(Token, u64)> {
+    let head: &[u8; ACK_BYTES] = head.try_into().ok()?;
+    Some((Token(u64_at(head, 0)), u64_at(head, 8)))
+}
+
 impl State {
+    /// Takes something that the peer of `token` says, if there is one.
+    fn told(&mut self, token: Token, arrival: Arrival) {
+        match self.peer(token) {
+            Some(_) => self.arrivals.push_back((token, arrival)),
+            None => self.unknown += 1,
+        }
+    }
+
+    /// Lets nothing more in of a peer that broke the protocol. Once is enough: whatever else it has sent is for no channel of ours.
+    fn shut_out(&mut self, token: Token, why: &'static str) {
+        self.admitted[token.place()] = None;
+        self.arrivals.push_back((token, Arrival::Violation(why)));
+    }
+
+    fn payload(&mut self, token: Token, number: u64, bytes: usize) -> Payload {
+        match self.buffer(token, number, bytes) {
+            Some(body) => Payload::Placed(body),
+            None => Payload::Beside(vec![0; bytes]),
+        }
+    }
+
     fn peer(&mut self, token: Token) -> Option<&mut Admission> {
         self.admitted.get_mut(token.place())?.as_mut().filter(|peer| peer.token == token && peer.proven)
     }
@@ -282,13 +361,10 @@ impl State {
             Some(peer.parts.swap_remove(at))
         });
         let mut partial = begun.unwrap_or_else(|| {
-            let payload = match self.buffer(token, number, body_bytes) {
-                Some(body) => Payload::Placed(body),
-                None => Payload::Beside(vec![0; body_bytes]),
-            };
+            let payload = self.payload(token, number, body_bytes);
             Partial { number, header: None, payload, came: 0 }
         });
-        partial.payload.fill(offset, part);
+        partial.payload.body()[offset..offset + part.len()].copy_from_slice(part);
         partial.came += part.len();
         partial.header = header.try_into().ok().or(partial.header);
         let Some(peer) = self.peer(token) else { return };
@@ -304,7 +380,13 @@ impl State {
 
 impl Admission {
     /// Why a part of a frame is not let in. Every bound on what a peer can make us hold is here.
-    fn refusal(&self, prefix: &Prefix, header: &[u8], part: &[u8], body_bytes_max: usize) -> Option<&'static str> {
+    fn refusal(
+        &self,
+        prefix: &Prefix,
+        header: &[u8],
+        part_bytes: usize,
+        body_bytes_max: usize,
+    ) -> Option<&'static str> {
         let &Prefix { number, offset, body_bytes, .. } = prefix;
         if header.len() != if offset == 0 { HEADER_BYTES } else { 0 } {
             return Some("a frame's header has the wrong length");
@@ -312,7 +394,7 @@ impl Admission {
         if body_bytes > body_bytes_max {
             return Some("a frame's body is longer than the agreed bound");
         }
-        if offset.saturating_add(part.len()) > body_bytes || (part.is_empty() && body_bytes > 0) {
+        if offset.saturating_add(part_bytes) > body_bytes || (part_bytes == 0 && body_bytes > 0) {
             return Some("a part of a frame's body lies outside of it");
         }
         match self.parts.iter().find(|partial| partial.number == number) {
@@ -427,6 +509,42 @@ pub unsafe extern "C" fn on_ack(
     // SAFETY: as in `on_frame`. Returning UCS_OK drops whatever data came along.
     let (inbox, head) = unsafe { (&*arg.cast::<Inbox>(), slice(header, header_length)) };
     inbox.ack(head);
+    sys::ucs_status_t::UCS_OK
+}
+
+/// UCX's callback for a frame whose body is lent; `arg` is the [`Inbox`].
+///
+/// # Safety
+/// As for [`on_frame`].
+pub unsafe extern "C" fn on_lent(
+    arg: *mut c_void,
+    header: *const c_void,
+    header_length: usize,
+    _data: *mut c_void,
+    _length: usize,
+    _param: *const sys::ucp_am_recv_param_t,
+) -> sys::ucs_status_t {
+    // SAFETY: as in `on_frame` and `on_ack`.
+    let (inbox, head) = unsafe { (&*arg.cast::<Inbox>(), slice(header, header_length)) };
+    inbox.lent(head);
+    sys::ucs_status_t::UCS_OK
+}
+
+/// UCX's callback for a body that the peer cannot read; `arg` is the [`Inbox`].
+///
+/// # Safety
+/// As for [`on_frame`].
+pub unsafe extern "C" fn on_unreachable(
+    arg: *mut c_void,
+    header: *const c_void,
+    header_length: usize,
+    _data: *mut c_void,
+    _length: usize,
+    _param: *const sys::ucp_am_recv_param_t,
+) -> sys::ucs_status_t {
+    // SAFETY: as in `on_frame` and `on_ack`.
+    let (inbox, head) = unsafe { (&*arg.cast::<Inbox>(), slice(header, header_length)) };
+    inbox.unreachable(head);
     sys::ucs_status_t::UCS_OK
 }
 

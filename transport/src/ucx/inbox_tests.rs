@@ -154,6 +154,73 @@ fn frames_whose_parts_mix_are_kept_apart() {
     assert_eq!((&first[..], &second[..]), (&[1; 8][..], &[2; 8][..]));
 }
 
+/// What is said of a frame whose body is lent.
+fn lend(inbox: &Inbox, token: Token, number: u64, body_bytes: usize) {
+    let prefix = Prefix { token, number, offset: 0, body_bytes };
+    inbox.lent(&[&prefix.encode()[..], &[9; HEADER_BYTES], b"key"].concat());
+}
+
+#[test]
+fn a_frame_whose_body_is_lent_brings_what_it_is_found_by_and_a_place_for_it() {
+    let inbox = inbox(8);
+    let token = admitted(&inbox);
+    lend(&inbox, token, 0, 8);
+    arrive(&inbox, token, 1, 8);
+    let arrivals = arrivals(&inbox);
+    let [
+        Arrival::Lent { number: 0, header: [9, ..], payload: Payload::Placed(place), key },
+        Arrival::Frame { number: 1, payload: Payload::Placed(_), .. },
+    ] = &arrivals[..]
+    else {
+        panic!("{arrivals:?}")
+    };
+    assert_eq!((place.len(), &key[..]), (8, &b"key"[..]));
+}
+
+#[test]
+fn a_body_that_cannot_be_read_comes_in_parts_to_the_place_it_has() {
+    let inbox = inbox(8);
+    let token = admitted(&inbox);
+    lend(&inbox, token, 0, 8);
+    let Some((_, Arrival::Lent { payload, .. })) = inbox.take() else { panic!("nothing is lent") };
+    inbox.expect(token, 0, payload);
+    part(&inbox, token, 0, (0, 8), &[1; 4]);
+    part(&inbox, token, 0, (4, 8), &[2; 4]);
+    let arrivals = arrivals(&inbox);
+    let [Arrival::Frame { number: 0, payload: Payload::Placed(body), .. }] = &arrivals[..] else {
+        panic!("{arrivals:?}")
+    };
+    assert_eq!(body[..], [1, 1, 1, 1, 2, 2, 2, 2]);
+}
+
+#[test]
+fn what_is_lent_has_the_bounds_of_what_is_sent() {
+    let violations: [fn(&Inbox, Token); 4] = [
+        |inbox, token| lend(inbox, token, 0, BODY_BYTES_MAX + 1),
+        |inbox, token| {
+            let prefix = Prefix { token, number: 0, offset: 0, body_bytes: 8 }.encode();
+            inbox.lent(&[&prefix[..], &[9; HEADER_BYTES + KEY_BYTES_MAX + 1]].concat());
+        },
+        |inbox, token| (0..=CREDITS).for_each(|number| lend(inbox, token, number, 8)),
+        |inbox, token| {
+            part(inbox, token, 0, (0, 8), &[1; 4]);
+            lend(inbox, token, 0, 8);
+        },
+    ];
+    for violate in violations {
+        let inbox = inbox(8);
+        let token = admitted(&inbox);
+        violate(&inbox, token);
+        assert!(matches!(arrivals(&inbox).last(), Some(Arrival::Violation(_))));
+    }
+    let inbox = inbox(8);
+    let token = admitted(&inbox);
+    inbox.lent(&[0; PREFIX_BYTES + HEADER_BYTES - 1]);
+    lend(&inbox, Token(token.0 ^ 1 << 40), 0, 8);
+    assert!(inbox.take().is_none());
+    assert_eq!(inbox.take_unknown(), 2);
+}
+
 #[test]
 fn a_peer_that_goes_in_the_middle_of_a_frame_gives_its_buffer_back() {
     let window = Window::new(8, BODY_BYTES_MAX);

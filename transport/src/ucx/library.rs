@@ -56,6 +56,14 @@ pub enum UcxError {
         /// UCX's words.
         reason: String,
     },
+    /// Memory to be shared, or that a peer shares, cannot be used.
+    #[error("cannot share {bytes} bytes of memory: {reason}")]
+    NoMemory {
+        /// How much.
+        bytes: usize,
+        /// Why.
+        reason: String,
+    },
     /// A call failed.
     #[error("{call} failed: {reason} ({code})")]
     Call {
@@ -158,6 +166,11 @@ pub fn status_words(ucp: &sys::Ucp, status: sys::ucs_status_t) -> String {
 const OPTIONS: [(&str, &str); 4] =
     [("MM_ERROR_HANDLING", "y"), ("POSIX_ERROR_HANDLING", "y"), ("MM_FIFO_SIZE", "256"), ("POSIX_FIFO_SIZE", "256")];
 
+// SAFETY: a handle without ties to a thread, of a context that is set up for several threads (see `init`).
+unsafe impl Send for Context {}
+// SAFETY: as above.
+unsafe impl Sync for Context {}
+
 /// A UCP context: the library set up with our options.
 pub struct Context {
     /// The functions.
@@ -229,10 +242,14 @@ fn set_option(
 fn init(ucp: &sys::Ucp, config: *const sys::ucp_config_t) -> Result<sys::ucp_context_h, UcxError> {
     // SAFETY: a C struct of integers and pointers, for which zero is a valid value.
     let mut params: sys::ucp_params_t = unsafe { std::mem::zeroed() };
-    params.field_mask = u64::from(sys::ucp_params_field::UCP_PARAM_FIELD_FEATURES.0);
+    let fields =
+        sys::ucp_params_field::UCP_PARAM_FIELD_FEATURES | sys::ucp_params_field::UCP_PARAM_FIELD_MT_WORKERS_SHARED;
+    params.field_mask = u64::from(fields.0);
+    // Memory that it makes is given back by whichever thread has it last.
+    params.mt_workers_shared = 1;
     params.features = u64::from((sys::ucp_feature::UCP_FEATURE_AM | sys::ucp_feature::UCP_FEATURE_WAKEUP).0);
     let mut context: sys::ucp_context_h = std::ptr::null_mut();
-    // SAFETY: params and config outlive the call, and the mask names the one field that is set.
+    // SAFETY: params and config outlive the call, and the mask names the fields that are set.
     let status = unsafe {
         ucp.ucp_init_version(sys::UCP_API_MAJOR, sys::UCP_API_MINOR, &raw const params, config, &raw mut context)
     };

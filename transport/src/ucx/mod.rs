@@ -7,12 +7,14 @@
 //!
 //! Each direction carries frames numbered from 0, as UCX keeps no order between small and large messages, under
 //! `CREDITS` that the receiver renews: what a peer can make this node hold is bounded, and an honest one just waits. Through
-//! shared memory a frame goes as messages that each fit what UCX passes at a time, so that a body is copied in and out once.
+//! shared memory a frame goes as messages that each fit what UCX passes at a time, or, if its body is longer than one of them,
+//! as one message that tells where the body can be read.
 //!
 //! # Layout
 //! - [`UcxBound`], [`UcxTransport`]: the transport; `peer`: one channel of it
 //! - `door`: sockets and handshakes; `greeting`: what a handshake carries for UCX
 //! - `channel`: order and credit; `inbox`: what UCX's callbacks write
+//! - `lend`: bodies that are read where their sender has them
 //! - `worker` and `library`: the safe face of `ucx-sys`; `sleep`: waiting and waking
 //! - `sentinel`: finds out that a killed peer has blocked the way to the worker
 //! - [`pingpong`]: UCX's own round trip, which benchmarks hold this against
@@ -24,6 +26,7 @@ mod channel;
 mod door;
 mod greeting;
 mod inbox;
+mod lend;
 mod library;
 mod peer;
 pub mod pingpong;

@@ -7,6 +7,7 @@
 //! second worker of this process sends a message the same way; if it does not arrive, the queue is given up and all peers
 //! come anew.
 
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use super::UcxOptions;
@@ -84,7 +85,7 @@ impl Sentinel {
     /// What UCX refuses, or that the message did not arrive.
     pub fn new(options: &UcxOptions, watched: &mut Worker, address: &[u8], secret: Token) -> Result<Self, UcxError> {
         let inbox = Inbox::new(Window::new(2, 0), 0, 0, secret);
-        let mut worker = Worker::new(Context::new(options)?, inbox)?;
+        let mut worker = Worker::new(Arc::new(Context::new(options)?), inbox)?;
         let endpoint = worker.connect(address, usize::MAX)?;
         let mut this = Self { worker, endpoint, secret, sent: 0, since: None, looks: 0, finished: Vec::new() };
         this.ask()?;

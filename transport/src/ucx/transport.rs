@@ -8,7 +8,8 @@ use std::time::Instant;
 use super::UcxOptions;
 use super::channel::{Incoming, Outgoing, Sending};
 use super::door::{Door, Entered};
-use super::inbox::{ACK_EVERY, Arrival, HEAD_BYTES, Inbox, Token};
+use super::inbox::{ACK_EVERY, ACK_EVERY_BORROWED, Arrival, HEAD_BYTES, Inbox, Token};
+use super::lend;
 use super::library::{Context, UcxError};
 use super::peer::{Channel, failed, unavailable, violation};
 use super::sentinel::{LOOK_EVERY, Quiet, Sentinel};
@@ -54,7 +55,7 @@ pub struct Queues {
 impl Queues {
     /// Queues that take bodies in to `window`.
     pub fn open(options: &UcxOptions, window: &Arc<Window>, limits: &Limits) -> Result<Self, UcxError> {
-        let context = Context::new(options)?;
+        let context = Arc::new(Context::new(options)?);
         let transports = context.transports();
         let random = getrandom::u64().map_err(|error| UcxError::NoWorker { reason: error.to_string() })?;
         let secret = Token::new(random, u16::MAX);
@@ -113,6 +114,9 @@ impl UcxTransport {
         let waker = Waker::new().map_err(|source| TransportError::Io { what: "make an event descriptor", source })?;
         window.set_waker(waker.clone());
         let queues = Queues::open(options, &window, &limits).map_err(unavailable)?;
+        if queues.sentinel.is_some() {
+            window.set_shared(lend::maker(Arc::clone(queues.worker.context())));
+        }
         let door = Door::new(listener, credentials, &limits, queues.addresses.clone())?;
         Ok(Self {
             channels: (0..limits.channels_max).map(|_| None).collect(),
@@ -207,7 +211,36 @@ impl UcxTransport {
         // Otherwise it was closed in the meantime.
         let Some(channel) = channel else { return };
         let id = channel.id;
+        let arrival = match arrival {
+            Arrival::Lent { number, header, mut payload, key } => {
+                match self.queues.worker.fetch(&mut channel.endpoint, &key, payload.body()) {
+                    Ok(()) => {
+                        channel.incoming.borrowed();
+                        Arrival::Frame { number, header, payload }
+                    }
+                    Err(error) => {
+                        tracing::debug!(peer = %channel.name, %error, "a body that is lent cannot be read: it is to be sent");
+                        self.queues.worker.inbox().expect(token, number, payload);
+                        let theirs = channel.outgoing.theirs();
+                        if let Err(error) =
+                            self.queues.worker.send_unreachable(&channel.endpoint, token, theirs, number)
+                        {
+                            let error = channel.failed("ask for a body", error);
+                            self.break_later(id, error);
+                        }
+                        return;
+                    }
+                }
+            }
+            arrival => arrival,
+        };
         match arrival {
+            // It is a frame by now.
+            Arrival::Lent { .. } => {}
+            Arrival::Unreachable(number) => match channel.outgoing.unreachable(number) {
+                true => self.pump(token.place()),
+                false => self.break_later(id, violation("wants a body again that was not lent")),
+            },
             Arrival::Frame { number, mut header, payload } => {
                 channel.damage.strike_header(Way::In, &mut header);
                 match channel.incoming.arrived(number, &header, payload, body_bytes_max) {
@@ -291,7 +324,7 @@ impl UcxTransport {
                 self.break_later(id, error);
                 continue;
             }
-            let Some(count) = channel.incoming.acknowledge_now(ACK_EVERY) else { continue };
+            let Some(count) = channel.incoming.acknowledge_now(ACK_EVERY, ACK_EVERY_BORROWED) else { continue };
             let theirs = channel.outgoing.theirs();
             if let Err(error) = self.queues.worker.send_ack(&channel.endpoint, channel.token, theirs, count) {
                 let (id, error) = (channel.id, channel.failed("acknowledge frames", error));
@@ -303,11 +336,28 @@ impl UcxTransport {
     /// Sends what the peer has credit for, as far as UCX has room.
     fn pump(&mut self, place: usize) {
         while let Some(frame) = self.channels[place].as_mut().and_then(|channel| channel.outgoing.next()) {
-            self.stats.sent(frame.bytes());
+            if !frame.is_again() {
+                self.stats.sent(frame.bytes());
+            }
+            let Some(frame) = self.lend(place, frame) else { continue };
             if !self.give(place, frame) {
                 return;
             }
         }
+    }
+
+    /// Tells the peer where to read a frame's body, if it can; otherwise the frame comes back.
+    fn lend(&mut self, place: usize, frame: Sending) -> Option<Sending> {
+        let channel = self.channels[place].as_mut()?;
+        let can = channel.same_host && self.queues.sentinel.is_some() && channel.outgoing.is_reachable();
+        let Some(key) = frame.key(SHARED_PART_BYTES).filter(|_| can) else { return Some(frame) };
+        let outcome = self.queues.worker.lend_frame(&channel.endpoint, channel.token, &frame, key);
+        channel.outgoing.lend(frame);
+        if let Err(error) = outcome {
+            let (id, error) = (channel.id, channel.failed("lend a frame", error));
+            self.break_later(id, error);
+        }
+        None
     }
 
     /// Gives a frame, or what is left of it, to UCX; whether it took all of it.
@@ -596,6 +646,14 @@ impl UcxTransport {
                 self.polls = SOCKETS_EVERY;
                 return true;
             }
+        }
+    }
+}
+
+impl Drop for UcxTransport {
+    fn drop(&mut self) {
+        for channel in self.channels.iter_mut().flatten() {
+            self.queues.worker.detach(&mut channel.endpoint);
         }
     }
 }

@@ -3,23 +3,32 @@
 
 use std::ffi::{c_int, c_void};
 use std::os::fd::RawFd;
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use ucx_sys as sys;
 
 use super::channel::Sending;
 use super::inbox::{self, HEAD_BYTES, Inbox, Token};
+use super::lend::{Borrowed, KEY_BYTES_MAX};
 use super::library::{Context, UcxError, check, status_words};
 
 /// The active message that carries a frame.
 const AM_FRAME: u32 = 1;
 /// The active message that acknowledges frames.
 const AM_ACK: u32 = 2;
+/// The active message that tells where a frame's body can be read.
+const AM_LENT: u32 = 3;
+/// The active message that says that it cannot.
+const AM_UNREACHABLE: u32 = 4;
 /// How long a worker that goes waits for what it still has under way.
 const DRAIN_MAX: Duration = Duration::from_millis(50);
 
 /// The header of a message under way: UCX reads it until the message is sent, so it may not move.
-type Head = Box<[u8; HEAD_BYTES]>;
+type Head = Box<[u8; HEAD_BYTES_MAX]>;
+
+/// Bytes of the longest header: that of a frame whose body is lent.
+const HEAD_BYTES_MAX: usize = HEAD_BYTES + KEY_BYTES_MAX;
 
 /// An operation that owns its memory until UCX is done.
 struct Op {
@@ -46,6 +55,8 @@ pub struct Endpoint {
     raw: sys::ucp_ep_h,
     /// Bytes of a body in one message, at most.
     part_bytes: usize,
+    /// What of the peer's memory is attached.
+    borrowed: Borrowed,
 }
 
 // SAFETY: a handle without ties to a thread, that only the worker's owner passes back to UCX.
@@ -61,7 +72,7 @@ impl Endpoint {
 /// The worker, its context and what it has under way.
 pub struct Worker {
     raw: sys::ucp_worker_h,
-    context: Context,
+    context: Arc<Context>,
     inbox: Box<Inbox>,
     ops: Vec<Op>,
     /// Heads to use again.
@@ -76,7 +87,7 @@ unsafe impl Send for Worker {}
 
 impl Worker {
     /// A worker of `context` whose callbacks fill `inbox`.
-    pub fn new(context: Context, inbox: Inbox) -> Result<Self, UcxError> {
+    pub fn new(context: Arc<Context>, inbox: Inbox) -> Result<Self, UcxError> {
         let inbox = Box::new(inbox);
         // SAFETY: a C struct of integers and pointers, for which zero is a valid value.
         let mut params: sys::ucp_worker_params_t = unsafe { std::mem::zeroed() };
@@ -91,6 +102,8 @@ impl Worker {
         let worker = Self { raw, context, inbox, ops: Vec::new(), spare_heads: Vec::new() };
         worker.handle(AM_FRAME, inbox::on_frame)?;
         worker.handle(AM_ACK, inbox::on_ack)?;
+        worker.handle(AM_LENT, inbox::on_lent)?;
+        worker.handle(AM_UNREACHABLE, inbox::on_unreachable)?;
         Ok(worker)
     }
 
@@ -121,6 +134,11 @@ impl Worker {
         // SAFETY: the callback has the C type, and its argument is boxed and outlives the worker (see `Drop`).
         let status = unsafe { self.context.ucp.ucp_worker_set_am_recv_handler(self.raw, &raw const param) };
         check(&self.context.ucp, "ucp_worker_set_am_recv_handler", status)
+    }
+
+    /// What it was made by.
+    pub fn context(&self) -> &Arc<Context> {
+        &self.context
     }
 
     /// What the callbacks wrote.
@@ -192,7 +210,7 @@ impl Worker {
         // SAFETY: the address came whole from an authenticated peer's own worker and outlives the call.
         let status = unsafe { self.context.ucp.ucp_ep_create(self.raw, &raw const params, &raw mut raw) };
         check(&self.context.ucp, "ucp_ep_create", status)?;
-        Ok(Endpoint { raw, part_bytes })
+        Ok(Endpoint { raw, part_bytes, borrowed: Borrowed::default() })
     }
 
     /// Sends a frame, or as much of it as UCX has room for: false if there is a rest, which comes back as
@@ -200,7 +218,7 @@ impl Worker {
     pub fn send_frame(&mut self, to: &Endpoint, channel: Token, mut frame: Sending) -> Result<bool, UcxError> {
         loop {
             let mut kept = self.spare_head();
-            let (head, part) = frame.next(to.part_bytes, &mut kept);
+            let (head, part) = frame.next(to.part_bytes, &mut kept[..]);
             // SAFETY: see `start`; the frame's body is the window's memory, which stays where it is when the frame moves.
             let request = unsafe { self.start(to, AM_FRAME, head, part) };
             let bytes = part.len();
@@ -218,13 +236,52 @@ impl Worker {
         }
     }
 
+    /// Sends a frame without its body, which the peer is to read at `key` and the caller keeps until it is acknowledged.
+    pub fn lend_frame(&mut self, to: &Endpoint, channel: Token, frame: &Sending, key: &[u8]) -> Result<(), UcxError> {
+        let mut kept = self.spare_head();
+        frame.head(&mut kept[..HEAD_BYTES]);
+        kept[HEAD_BYTES..][..key.len()].copy_from_slice(key);
+        self.send_head(to, channel, AM_LENT, kept, HEAD_BYTES + key.len())
+    }
+
+    /// Copies to `body` what a peer lends at `key`.
+    pub fn fetch(&mut self, from: &mut Endpoint, key: &[u8], body: &mut [u8]) -> Result<(), UcxError> {
+        // SAFETY: a live endpoint of this worker, whose memories are detached by `close`.
+        unsafe { from.borrowed.copy(&self.context.ucp, from.raw, key, body) }
+    }
+
+    /// Gives up what of the peer's memory is attached, which must be before the endpoint or the worker goes.
+    pub fn detach(&mut self, from: &mut Endpoint) {
+        from.borrowed.detach(&self.context.ucp);
+    }
+
     /// Tells the peer, by its own `token`, how many of its frames were taken.
     pub fn send_ack(&mut self, to: &Endpoint, channel: Token, token: Token, count: u64) -> Result<(), UcxError> {
+        self.send_count(to, channel, AM_ACK, token, count)
+    }
+
+    /// Tells the peer, by its own `token`, that the body of frame `number` cannot be read where it is.
+    pub fn send_unreachable(
+        &mut self,
+        to: &Endpoint,
+        channel: Token,
+        token: Token,
+        number: u64,
+    ) -> Result<(), UcxError> {
+        self.send_count(to, channel, AM_UNREACHABLE, token, number)
+    }
+
+    fn send_count(&mut self, to: &Endpoint, channel: Token, id: u32, token: Token, count: u64) -> Result<(), UcxError> {
         let mut kept = self.spare_head();
         kept[..8].copy_from_slice(&token.0.to_le_bytes());
         kept[8..inbox::ACK_BYTES].copy_from_slice(&count.to_le_bytes());
+        self.send_head(to, channel, id, kept, inbox::ACK_BYTES)
+    }
+
+    /// Sends a message that is all header: the first `bytes` of `kept`.
+    fn send_head(&mut self, to: &Endpoint, channel: Token, id: u32, kept: Head, bytes: usize) -> Result<(), UcxError> {
         // SAFETY: see `start`; there is no body.
-        let request = unsafe { self.start(to, AM_ACK, &kept[..inbox::ACK_BYTES], &[]) };
+        let request = unsafe { self.start(to, id, &kept[..bytes], &[]) };
         if self.started("ucp_am_send_nbx", request)? {
             self.spare_heads.push(kept);
         } else {
@@ -234,7 +291,7 @@ impl Worker {
     }
 
     fn spare_head(&mut self) -> Head {
-        self.spare_heads.pop().unwrap_or_else(|| Box::new([0; HEAD_BYTES]))
+        self.spare_heads.pop().unwrap_or_else(|| Box::new([0; HEAD_BYTES_MAX]))
     }
 
     /// Starts an active message; what UCX returned for it.
@@ -265,7 +322,8 @@ impl Worker {
     }
 
     /// Closes an endpoint without waiting; what is under way on it is cancelled.
-    pub fn close(&mut self, endpoint: Endpoint, channel: Token) -> Result<(), UcxError> {
+    pub fn close(&mut self, mut endpoint: Endpoint, channel: Token) -> Result<(), UcxError> {
+        self.detach(&mut endpoint);
         // SAFETY: a C struct of integers and pointers, for which zero is a valid value.
         let mut param: sys::ucp_request_param_t = unsafe { std::mem::zeroed() };
         param.op_attr_mask = sys::ucp_op_attr_t::UCP_OP_ATTR_FIELD_FLAGS.0;

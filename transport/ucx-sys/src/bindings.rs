@@ -104,10 +104,59 @@ impl ucp_err_handling_mode_t {
 pub struct ucp_err_handling_mode_t(pub ::core::ffi::c_uint);
 #[repr(C)]
 #[derive(Debug)]
+pub struct ucp_rkey {
+    _unused: [u8; 0],
+}
+pub type ucp_rkey_h = *mut ucp_rkey;
+#[repr(C)]
+#[derive(Debug)]
 pub struct ucp_mem {
     _unused: [u8; 0],
 }
 pub type ucp_mem_h = *mut ucp_mem;
+#[repr(C)]
+#[derive(Debug, Copy, Clone)]
+pub struct ucp_mem_attr {
+    pub field_mask: u64,
+    pub address: *mut ::core::ffi::c_void,
+    pub length: usize,
+    pub mem_type: ucs_memory_type_t,
+}
+pub type ucp_mem_attr_t = ucp_mem_attr;
+impl ucp_mem_attr_field {
+    pub const UCP_MEM_ATTR_FIELD_ADDRESS: ucp_mem_attr_field = ucp_mem_attr_field(1);
+    pub const UCP_MEM_ATTR_FIELD_LENGTH: ucp_mem_attr_field = ucp_mem_attr_field(2);
+    pub const UCP_MEM_ATTR_FIELD_MEM_TYPE: ucp_mem_attr_field = ucp_mem_attr_field(4);
+}
+impl ::core::ops::BitOr<ucp_mem_attr_field> for ucp_mem_attr_field {
+    type Output = Self;
+    #[inline]
+    fn bitor(self, other: Self) -> Self {
+        ucp_mem_attr_field(self.0 | other.0)
+    }
+}
+impl ::core::ops::BitOrAssign for ucp_mem_attr_field {
+    #[inline]
+    fn bitor_assign(&mut self, rhs: ucp_mem_attr_field) {
+        self.0 |= rhs.0;
+    }
+}
+impl ::core::ops::BitAnd<ucp_mem_attr_field> for ucp_mem_attr_field {
+    type Output = Self;
+    #[inline]
+    fn bitand(self, other: Self) -> Self {
+        ucp_mem_attr_field(self.0 & other.0)
+    }
+}
+impl ::core::ops::BitAndAssign for ucp_mem_attr_field {
+    #[inline]
+    fn bitand_assign(&mut self, rhs: ucp_mem_attr_field) {
+        self.0 &= rhs.0;
+    }
+}
+#[repr(transparent)]
+#[derive(Debug, Copy, Clone, Hash, PartialEq, Eq)]
+pub struct ucp_mem_attr_field(pub ::core::ffi::c_uint);
 #[repr(C)]
 #[derive(Debug)]
 pub struct ucp_worker {
@@ -436,6 +485,42 @@ impl ::core::ops::BitAndAssign for ucp_ep_close_flags_t {
 #[repr(transparent)]
 #[derive(Debug, Copy, Clone, Hash, PartialEq, Eq)]
 pub struct ucp_ep_close_flags_t(pub ::core::ffi::c_uint);
+impl ucp_mem_map_params_field {
+    pub const UCP_MEM_MAP_PARAM_FIELD_ADDRESS: ucp_mem_map_params_field = ucp_mem_map_params_field(1);
+    pub const UCP_MEM_MAP_PARAM_FIELD_LENGTH: ucp_mem_map_params_field = ucp_mem_map_params_field(2);
+    pub const UCP_MEM_MAP_PARAM_FIELD_FLAGS: ucp_mem_map_params_field = ucp_mem_map_params_field(4);
+    pub const UCP_MEM_MAP_PARAM_FIELD_PROT: ucp_mem_map_params_field = ucp_mem_map_params_field(8);
+    pub const UCP_MEM_MAP_PARAM_FIELD_MEMORY_TYPE: ucp_mem_map_params_field = ucp_mem_map_params_field(16);
+}
+impl ::core::ops::BitOr<ucp_mem_map_params_field> for ucp_mem_map_params_field {
+    type Output = Self;
+    #[inline]
+    fn bitor(self, other: Self) -> Self {
+        ucp_mem_map_params_field(self.0 | other.0)
+    }
+}
+impl ::core::ops::BitOrAssign for ucp_mem_map_params_field {
+    #[inline]
+    fn bitor_assign(&mut self, rhs: ucp_mem_map_params_field) {
+        self.0 |= rhs.0;
+    }
+}
+impl ::core::ops::BitAnd<ucp_mem_map_params_field> for ucp_mem_map_params_field {
+    type Output = Self;
+    #[inline]
+    fn bitand(self, other: Self) -> Self {
+        ucp_mem_map_params_field(self.0 & other.0)
+    }
+}
+impl ::core::ops::BitAndAssign for ucp_mem_map_params_field {
+    #[inline]
+    fn bitand_assign(&mut self, rhs: ucp_mem_map_params_field) {
+        self.0 &= rhs.0;
+    }
+}
+#[repr(transparent)]
+#[derive(Debug, Copy, Clone, Hash, PartialEq, Eq)]
+pub struct ucp_mem_map_params_field(pub ::core::ffi::c_uint);
 impl ucp_worker_attr_field {
     pub const UCP_WORKER_ATTR_FIELD_THREAD_MODE: ucp_worker_attr_field = ucp_worker_attr_field(1);
     pub const UCP_WORKER_ATTR_FIELD_ADDRESS: ucp_worker_attr_field = ucp_worker_attr_field(2);
@@ -473,6 +558,12 @@ impl ::core::ops::BitAndAssign for ucp_worker_attr_field {
 #[repr(transparent)]
 #[derive(Debug, Copy, Clone, Hash, PartialEq, Eq)]
 pub struct ucp_worker_attr_field(pub ::core::ffi::c_uint);
+pub const UCP_MEM_MAP_NONBLOCK: _bindgen_ty_4 = _bindgen_ty_4(1);
+pub const UCP_MEM_MAP_ALLOCATE: _bindgen_ty_4 = _bindgen_ty_4(2);
+pub const UCP_MEM_MAP_FIXED: _bindgen_ty_4 = _bindgen_ty_4(4);
+#[repr(transparent)]
+#[derive(Debug, Copy, Clone, Hash, PartialEq, Eq)]
+pub struct _bindgen_ty_4(pub ::core::ffi::c_uint);
 impl ucp_am_cb_flags {
     pub const UCP_AM_FLAG_WHOLE_MSG: ucp_am_cb_flags = ucp_am_cb_flags(1);
     pub const UCP_AM_FLAG_PERSISTENT_DATA: ucp_am_cb_flags = ucp_am_cb_flags(2);
@@ -673,6 +764,17 @@ pub struct ucp_worker_params {
 pub type ucp_worker_params_t = ucp_worker_params;
 #[repr(C)]
 #[derive(Debug, Copy, Clone)]
+pub struct ucp_mem_map_params {
+    pub field_mask: u64,
+    pub address: *mut ::core::ffi::c_void,
+    pub length: usize,
+    pub flags: ::core::ffi::c_uint,
+    pub prot: ::core::ffi::c_uint,
+    pub memory_type: ucs_memory_type_t,
+}
+pub type ucp_mem_map_params_t = ucp_mem_map_params;
+#[repr(C)]
+#[derive(Debug, Copy, Clone)]
 pub struct ucp_tag_recv_info {
     pub sender_tag: ucp_tag_t,
     pub length: usize,
@@ -769,6 +871,28 @@ pub struct Ucp {
     pub ucp_ep_create:
         unsafe extern "C" fn(worker: ucp_worker_h, params: *const ucp_ep_params_t, ep_p: *mut ucp_ep_h) -> ucs_status_t,
     pub ucp_ep_close_nbx: unsafe extern "C" fn(ep: ucp_ep_h, param: *const ucp_request_param_t) -> ucs_status_ptr_t,
+    pub ucp_mem_map: unsafe extern "C" fn(
+        context: ucp_context_h,
+        params: *const ucp_mem_map_params_t,
+        memh_p: *mut ucp_mem_h,
+    ) -> ucs_status_t,
+    pub ucp_mem_unmap: unsafe extern "C" fn(context: ucp_context_h, memh: ucp_mem_h) -> ucs_status_t,
+    pub ucp_mem_query: unsafe extern "C" fn(memh: ucp_mem_h, attr: *mut ucp_mem_attr_t) -> ucs_status_t,
+    pub ucp_rkey_pack: unsafe extern "C" fn(
+        context: ucp_context_h,
+        memh: ucp_mem_h,
+        rkey_buffer_p: *mut *mut ::core::ffi::c_void,
+        size_p: *mut usize,
+    ) -> ucs_status_t,
+    pub ucp_rkey_buffer_release: unsafe extern "C" fn(rkey_buffer: *mut ::core::ffi::c_void),
+    pub ucp_ep_rkey_unpack: unsafe extern "C" fn(
+        ep: ucp_ep_h,
+        rkey_buffer: *const ::core::ffi::c_void,
+        rkey_p: *mut ucp_rkey_h,
+    ) -> ucs_status_t,
+    pub ucp_rkey_ptr:
+        unsafe extern "C" fn(rkey: ucp_rkey_h, raddr: u64, addr_p: *mut *mut ::core::ffi::c_void) -> ucs_status_t,
+    pub ucp_rkey_destroy: unsafe extern "C" fn(rkey: ucp_rkey_h),
     pub ucp_worker_set_am_recv_handler:
         unsafe extern "C" fn(worker: ucp_worker_h, param: *const ucp_am_handler_param_t) -> ucs_status_t,
     pub ucp_am_send_nbx: unsafe extern "C" fn(
@@ -827,6 +951,14 @@ impl Ucp {
         let ucp_worker_signal = unsafe { __library.get(b"ucp_worker_signal\0") }.map(|sym| *sym)?;
         let ucp_ep_create = unsafe { __library.get(b"ucp_ep_create\0") }.map(|sym| *sym)?;
         let ucp_ep_close_nbx = unsafe { __library.get(b"ucp_ep_close_nbx\0") }.map(|sym| *sym)?;
+        let ucp_mem_map = unsafe { __library.get(b"ucp_mem_map\0") }.map(|sym| *sym)?;
+        let ucp_mem_unmap = unsafe { __library.get(b"ucp_mem_unmap\0") }.map(|sym| *sym)?;
+        let ucp_mem_query = unsafe { __library.get(b"ucp_mem_query\0") }.map(|sym| *sym)?;
+        let ucp_rkey_pack = unsafe { __library.get(b"ucp_rkey_pack\0") }.map(|sym| *sym)?;
+        let ucp_rkey_buffer_release = unsafe { __library.get(b"ucp_rkey_buffer_release\0") }.map(|sym| *sym)?;
+        let ucp_ep_rkey_unpack = unsafe { __library.get(b"ucp_ep_rkey_unpack\0") }.map(|sym| *sym)?;
+        let ucp_rkey_ptr = unsafe { __library.get(b"ucp_rkey_ptr\0") }.map(|sym| *sym)?;
+        let ucp_rkey_destroy = unsafe { __library.get(b"ucp_rkey_destroy\0") }.map(|sym| *sym)?;
         let ucp_worker_set_am_recv_handler =
             unsafe { __library.get(b"ucp_worker_set_am_recv_handler\0") }.map(|sym| *sym)?;
         let ucp_am_send_nbx = unsafe { __library.get(b"ucp_am_send_nbx\0") }.map(|sym| *sym)?;
@@ -857,6 +989,14 @@ impl Ucp {
             ucp_worker_signal,
             ucp_ep_create,
             ucp_ep_close_nbx,
+            ucp_mem_map,
+            ucp_mem_unmap,
+            ucp_mem_query,
+            ucp_rkey_pack,
+            ucp_rkey_buffer_release,
+            ucp_ep_rkey_unpack,
+            ucp_rkey_ptr,
+            ucp_rkey_destroy,
             ucp_worker_set_am_recv_handler,
             ucp_am_send_nbx,
             ucp_am_recv_data_nbx,
@@ -960,6 +1100,51 @@ impl Ucp {
     }
     pub unsafe fn ucp_ep_close_nbx(&self, ep: ucp_ep_h, param: *const ucp_request_param_t) -> ucs_status_ptr_t {
         unsafe { (self.ucp_ep_close_nbx)(ep, param) }
+    }
+    pub unsafe fn ucp_mem_map(
+        &self,
+        context: ucp_context_h,
+        params: *const ucp_mem_map_params_t,
+        memh_p: *mut ucp_mem_h,
+    ) -> ucs_status_t {
+        unsafe { (self.ucp_mem_map)(context, params, memh_p) }
+    }
+    pub unsafe fn ucp_mem_unmap(&self, context: ucp_context_h, memh: ucp_mem_h) -> ucs_status_t {
+        unsafe { (self.ucp_mem_unmap)(context, memh) }
+    }
+    pub unsafe fn ucp_mem_query(&self, memh: ucp_mem_h, attr: *mut ucp_mem_attr_t) -> ucs_status_t {
+        unsafe { (self.ucp_mem_query)(memh, attr) }
+    }
+    pub unsafe fn ucp_rkey_pack(
+        &self,
+        context: ucp_context_h,
+        memh: ucp_mem_h,
+        rkey_buffer_p: *mut *mut ::core::ffi::c_void,
+        size_p: *mut usize,
+    ) -> ucs_status_t {
+        unsafe { (self.ucp_rkey_pack)(context, memh, rkey_buffer_p, size_p) }
+    }
+    pub unsafe fn ucp_rkey_buffer_release(&self, rkey_buffer: *mut ::core::ffi::c_void) {
+        unsafe { (self.ucp_rkey_buffer_release)(rkey_buffer) }
+    }
+    pub unsafe fn ucp_ep_rkey_unpack(
+        &self,
+        ep: ucp_ep_h,
+        rkey_buffer: *const ::core::ffi::c_void,
+        rkey_p: *mut ucp_rkey_h,
+    ) -> ucs_status_t {
+        unsafe { (self.ucp_ep_rkey_unpack)(ep, rkey_buffer, rkey_p) }
+    }
+    pub unsafe fn ucp_rkey_ptr(
+        &self,
+        rkey: ucp_rkey_h,
+        raddr: u64,
+        addr_p: *mut *mut ::core::ffi::c_void,
+    ) -> ucs_status_t {
+        unsafe { (self.ucp_rkey_ptr)(rkey, raddr, addr_p) }
+    }
+    pub unsafe fn ucp_rkey_destroy(&self, rkey: ucp_rkey_h) {
+        unsafe { (self.ucp_rkey_destroy)(rkey) }
     }
     pub unsafe fn ucp_worker_set_am_recv_handler(
         &self,
