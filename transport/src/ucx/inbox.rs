@@ -14,6 +14,15 @@ use super::lend::KEY_BYTES_MAX;
 use crate::buffer::{FrameBuf, Window};
 use crate::frame::HEADER_BYTES;
 
+/// The active message that carries a frame.
+pub const AM_FRAME: u32 = 1;
+/// The active message that acknowledges frames.
+pub const AM_ACK: u32 = 2;
+/// The active message that tells where a frame's body can be read.
+pub const AM_LENT: u32 = 3;
+/// The active message that says that it cannot.
+pub const AM_UNREACHABLE: u32 = 4;
+
 /// Bytes of the active-message header of an acknowledgement: the receiver's token, then how many frames were taken. The
 /// sentinel's messages are such too, under a token that no channel has.
 pub const ACK_BYTES: usize = 16;
@@ -494,11 +503,11 @@ pub unsafe extern "C" fn on_frame(
     sys::ucs_status_t::UCS_OK
 }
 
-/// UCX's callback for an acknowledgement; `arg` is the [`Inbox`].
+/// UCX's callback for the messages that are all header, by their `ID`; `arg` is the [`Inbox`].
 ///
 /// # Safety
 /// As for [`on_frame`].
-pub unsafe extern "C" fn on_ack(
+pub unsafe extern "C" fn on_head<const ID: u32>(
     arg: *mut c_void,
     header: *const c_void,
     header_length: usize,
@@ -508,43 +517,12 @@ pub unsafe extern "C" fn on_ack(
 ) -> sys::ucs_status_t {
     // SAFETY: as in `on_frame`. Returning UCS_OK drops whatever data came along.
     let (inbox, head) = unsafe { (&*arg.cast::<Inbox>(), slice(header, header_length)) };
-    inbox.ack(head);
-    sys::ucs_status_t::UCS_OK
-}
-
-/// UCX's callback for a frame whose body is lent; `arg` is the [`Inbox`].
-///
-/// # Safety
-/// As for [`on_frame`].
-pub unsafe extern "C" fn on_lent(
-    arg: *mut c_void,
-    header: *const c_void,
-    header_length: usize,
-    _data: *mut c_void,
-    _length: usize,
-    _param: *const sys::ucp_am_recv_param_t,
-) -> sys::ucs_status_t {
-    // SAFETY: as in `on_frame` and `on_ack`.
-    let (inbox, head) = unsafe { (&*arg.cast::<Inbox>(), slice(header, header_length)) };
-    inbox.lent(head);
-    sys::ucs_status_t::UCS_OK
-}
-
-/// UCX's callback for a body that the peer cannot read; `arg` is the [`Inbox`].
-///
-/// # Safety
-/// As for [`on_frame`].
-pub unsafe extern "C" fn on_unreachable(
-    arg: *mut c_void,
-    header: *const c_void,
-    header_length: usize,
-    _data: *mut c_void,
-    _length: usize,
-    _param: *const sys::ucp_am_recv_param_t,
-) -> sys::ucs_status_t {
-    // SAFETY: as in `on_frame` and `on_ack`.
-    let (inbox, head) = unsafe { (&*arg.cast::<Inbox>(), slice(header, header_length)) };
-    inbox.unreachable(head);
+    match ID {
+        AM_ACK => inbox.ack(head),
+        AM_LENT => inbox.lent(head),
+        AM_UNREACHABLE => inbox.unreachable(head),
+        _ => {}
+    }
     sys::ucs_status_t::UCS_OK
 }
 

@@ -211,12 +211,12 @@ impl UcxTransport {
         // Otherwise it was closed in the meantime.
         let Some(channel) = channel else { return };
         let id = channel.id;
-        let arrival = match arrival {
+        match arrival {
             Arrival::Lent { number, header, mut payload, key } => {
                 match self.queues.worker.fetch(&mut channel.endpoint, &key, payload.body()) {
                     Ok(()) => {
                         channel.incoming.borrowed();
-                        Arrival::Frame { number, header, payload }
+                        self.arrived(token, Arrival::Frame { number, header, payload });
                     }
                     Err(error) => {
                         tracing::debug!(peer = %channel.name, %error, "a body that is lent cannot be read: it is to be sent");
@@ -228,15 +228,9 @@ impl UcxTransport {
                             let error = channel.failed("ask for a body", error);
                             self.break_later(id, error);
                         }
-                        return;
                     }
                 }
             }
-            arrival => arrival,
-        };
-        match arrival {
-            // It is a frame by now.
-            Arrival::Lent { .. } => {}
             Arrival::Unreachable(number) => match channel.outgoing.unreachable(number) {
                 true => self.pump(token.place()),
                 false => self.break_later(id, violation("wants a body again that was not lent")),

@@ -9,18 +9,10 @@ use std::time::{Duration, Instant};
 use ucx_sys as sys;
 
 use super::channel::Sending;
-use super::inbox::{self, HEAD_BYTES, Inbox, Token};
+use super::inbox::{self, AM_ACK, AM_FRAME, AM_LENT, AM_UNREACHABLE, HEAD_BYTES, Inbox, Token};
 use super::lend::{Borrowed, KEY_BYTES_MAX};
 use super::library::{Context, UcxError, check, status_words};
 
-/// The active message that carries a frame.
-const AM_FRAME: u32 = 1;
-/// The active message that acknowledges frames.
-const AM_ACK: u32 = 2;
-/// The active message that tells where a frame's body can be read.
-const AM_LENT: u32 = 3;
-/// The active message that says that it cannot.
-const AM_UNREACHABLE: u32 = 4;
 /// How long a worker that goes waits for what it still has under way.
 const DRAIN_MAX: Duration = Duration::from_millis(50);
 
@@ -101,9 +93,9 @@ impl Worker {
         }
         let worker = Self { raw, context, inbox, ops: Vec::new(), spare_heads: Vec::new() };
         worker.handle(AM_FRAME, inbox::on_frame)?;
-        worker.handle(AM_ACK, inbox::on_ack)?;
-        worker.handle(AM_LENT, inbox::on_lent)?;
-        worker.handle(AM_UNREACHABLE, inbox::on_unreachable)?;
+        worker.handle(AM_ACK, inbox::on_head::<AM_ACK>)?;
+        worker.handle(AM_LENT, inbox::on_head::<AM_LENT>)?;
+        worker.handle(AM_UNREACHABLE, inbox::on_head::<AM_UNREACHABLE>)?;
         Ok(worker)
     }
 
