@@ -85,6 +85,8 @@ pub struct RouterConfig {
     pub wait_for_view_max: Duration,
     /// How long a request whose attention node is lost looks for another.
     pub move_max: Duration,
+    /// After how long without anything from a request's attention node that node is asked for a sign of life.
+    pub quiet_max: Duration,
     /// How long a client may take nothing of an answer that waits for it.
     pub stall_max: Duration,
     /// How long connecting to an attention node may take.
@@ -117,6 +119,7 @@ impl Default for RouterConfig {
             requests_max: 1024,
             wait_for_view_max: Duration::from_secs(3),
             move_max: Duration::from_secs(30),
+            quiet_max: Duration::from_millis(500),
             stall_max: Duration::from_secs(60),
             connect_max: Duration::from_secs(5),
             drain_max: Duration::from_secs(5),

@@ -81,6 +81,7 @@ impl FrontDoor {
                 stall_max: config.stall_max,
                 wait_for_view_max: config.wait_for_view_max,
                 move_max: config.move_max,
+                quiet_max: config.quiet_max,
             },
         }
     }

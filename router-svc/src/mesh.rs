@@ -78,6 +78,8 @@ pub enum Event {
     Draining(NodeId, String),
     /// An attention node waits in vain for the expert node at a slot of a view, or lost its channel.
     Evidence(NodeId, ViewId, Slot, String),
+    /// A request waits long for anything from its attention node.
+    Quiet(NodeId),
     /// A node goes in good order: what it has begun for clients it ends itself.
     Leaving(NodeId, String),
     /// A node's session is over, and why.
@@ -273,6 +275,7 @@ impl Mesh {
             Event::Failed(node, view, reason) => self.failed(node, view, &reason, now),
             Event::Draining(node, why) => self.drain(node, &why, now),
             Event::Evidence(from, view, slot, what) => self.evidence(from, view, slot, &what, now),
+            Event::Quiet(node) => self.quiet(node, now),
             Event::Leaving(node, why) => self.remove(node, &format!("left: {why}"), End::InOrder, now),
             Event::Lost(node, why) => self.remove(node, &why, End::Lost, now),
             Event::Tick => {}
@@ -348,7 +351,21 @@ impl Mesh {
     fn evidence(&mut self, from: NodeId, view: ViewId, slot: Slot, what: &str, now: Instant) {
         let of_view = self.view.as_ref().filter(|v| v.id == view).and_then(|v| v.expert(slot)).map(|m| m.node);
         tracing::warn!(from = self.label(from), view = view.0, %slot, what, "evidence");
-        if let Some(node) = of_view.filter(|n| self.members.suspect(*n, now + self.policy.suspicion_max)) {
+        if let Some(node) = of_view {
+            self.ping(node, now);
+        }
+    }
+
+    /// An attention node that computes for long answers a ping all the same; one that does not is lost. The last one is waited
+    /// for: nobody could go on with its requests.
+    fn quiet(&mut self, node: NodeId, now: Instant) {
+        if self.members.live(Role::Attention).any(|n| n.id != node && !n.draining) {
+            self.ping(node, now);
+        }
+    }
+
+    fn ping(&mut self, node: NodeId, now: Instant) {
+        if self.members.suspect(node, now + self.policy.suspicion_max) {
             self.actions.push(Action::Send(node, Order::Ping));
         }
     }

@@ -8,7 +8,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use mesh_core::NodeId;
-use mesh_proto::v1::generate_response::Event;
+use mesh_proto::v1::generate_response::Event as Told;
 use mesh_proto::{Code, MeshError, v1};
 use tokio::sync::mpsc;
 use tokio_stream::wrappers::ReceiverStream;
@@ -17,6 +17,7 @@ use tonic::{Code as GrpcCode, Status, Streaming};
 
 use crate::choice;
 use crate::front::Admitted;
+use crate::mesh::Event;
 use crate::plane::{Plane, Upstream};
 
 /// Messages of one request that wait for its client. They may be large, and the attention node has a queue of its own.
@@ -31,6 +32,17 @@ async fn ends(stopping: &CancellationToken, deadline: Option<Instant>, meanwhile
     tokio::select! {
         () = stopping.cancelled() => stopped(),
         () = passed(deadline) => late(meanwhile),
+    }
+}
+
+/// Waits for `node`, and tells whenever that has lasted for `quiet_max`.
+async fn heard<T>(plane: &Plane, node: NodeId, quiet_max: Duration, wait: impl Future<Output = T>) -> T {
+    tokio::pin!(wait);
+    loop {
+        match tokio::time::timeout(quiet_max, &mut wait).await {
+            Ok(heard) => return heard,
+            Err(_elapsed) => plane.step(Event::Quiet(node)),
+        }
     }
 }
 
@@ -85,6 +97,8 @@ pub struct RelayLimits {
     pub wait_for_view_max: Duration,
     /// How long a request whose attention node is lost looks for another.
     pub move_max: Duration,
+    /// After how long without anything from its attention node the control plane is told, again and again.
+    pub quiet_max: Duration,
 }
 
 /// A request on its way: which attention node has it, and what its client has of it.
@@ -171,11 +185,14 @@ impl Relaying {
                     self.admitted.routed(routing);
                     let (request, node) = (self.request.clone(), upstream.label.clone());
                     let (lost, taking) = (upstream.lost.clone(), format!("{node} was taking it"));
+                    let taken = upstream.client.generate(request);
                     let opened = tokio::select! {
                         biased;
                         error = ends(&self.stopping, self.deadline, &taking) => return Err(error),
                         () = lost.cancelled() => Err((node_lost(&node, "it is no member of the mesh any more"), false)),
-                        opened = upstream.client.generate(request) => opened.map_err(|status| told(&node, &status)),
+                        opened = heard(&self.plane, upstream.node, self.limits.quiet_max, taken) => {
+                            opened.map_err(|status| told(&node, &status))
+                        }
                     };
                     match opened {
                         Ok(stream) => {
@@ -238,7 +255,7 @@ impl Relaying {
             () = out.closed() => return Ok(Next::Done),
             error = ends(&self.stopping, self.deadline, &generating) => return Err(error.at_node(label)),
             () = lost.cancelled() => Err((node_lost(&label, "it is no member of the mesh any more"), false)),
-            message = stream.message() => match message {
+            message = heard(&self.plane, node, self.limits.quiet_max, stream.message()) => match message {
                 Ok(None) if !self.finished => Err((node_lost(&label, "it ended its stream early"), false)),
                 message => message.map_err(|status| told(&label, &status)),
             },
@@ -262,12 +279,12 @@ impl Relaying {
         };
         match &message.event {
             // It began long ago, as far as the client is concerned.
-            Some(Event::Started(_)) if self.started => return Ok(Next::More),
-            Some(Event::Started(_)) => self.started = true,
-            Some(Event::Tokens(tokens)) => {
+            Some(Told::Started(_)) if self.started => return Ok(Next::More),
+            Some(Told::Started(_)) => self.started = true,
+            Some(Told::Tokens(tokens)) => {
                 self.request.resume_tokens.extend(tokens.tokens.iter().map(|t| t.id));
             }
-            Some(Event::Finished(_)) => self.finished = true,
+            Some(Told::Finished(_)) => self.finished = true,
             None => {}
         }
         tokio::select! {

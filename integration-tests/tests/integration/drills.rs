@@ -75,6 +75,27 @@ async fn a_killed_node_is_in_the_report_and_what_was_not_met_ends_it_with_one() 
     assert_eq!(found["comparison"]["tokens_different"], 0, "what came was right: {table}");
 }
 
+/// One that is stopped keeps its connections: nothing but its silence tells that its requests wait in vain.
+#[tokio::test]
+async fn requests_of_a_stopped_attention_node_go_on_at_another() {
+    let folder = tempfile::tempdir().expect("a temporary folder");
+    let plan = folder.path().join("stop.toml");
+    let text = "
+        [mesh]\nattention = 2\nexperts = 1\ntransport = 'tcp'\nthreads = 1
+        [load]\nstreams = 4\nrequests = 2\nprompt_tokens = 8\noutput_tokens = [64, 128]
+        [[phase]]\ndo = 'wait'\nseconds = 0.5
+        [[phase]]\ndo = 'stop'\nwho = 'attention:0'\nfor = 6
+        [[phase]]\ndo = 'wait'\nseconds = 1
+        [expect]\nstall_max_ms = 3000
+    ";
+    std::fs::write(&plan, text).expect("a plan");
+    let (code, report, table) = drill(&plan).await;
+    assert_eq!(code, 0, "{table}");
+    let found = &report["found"];
+    assert_eq!((&found["failed"], &found["comparison"]["tokens_different"]), (&0.into(), &0.into()), "{table}");
+    assert!(found["stalls"]["max_ms"].as_f64().is_some_and(|ms| ms >= 500.0), "some stream was on it: {table}");
+}
+
 #[tokio::test]
 async fn a_plan_with_a_mistake_is_a_usage_error_that_names_it() {
     let folder = tempfile::tempdir().expect("a temporary folder");

@@ -435,6 +435,25 @@ fn a_node_that_others_wait_for_is_lost_when_its_heartbeats_are_missing_too() {
 }
 
 #[test]
+fn an_attention_node_that_requests_wait_for_is_lost_when_it_does_not_answer_and_another_can_take_over() {
+    let (mut w, a, _) = World::served();
+    assert_eq!(w.on(Event::Quiet(a)), [], "nobody could go on with its requests");
+    let other = w.join(Role::Attention);
+    let actions = w.settle();
+    settled(&mut w, actions);
+    w.now += Duration::from_millis(500);
+    for node in [a, other] {
+        assert_eq!(w.on(Event::Quiet(node)), [Action::Send(node, Order::Ping)]);
+    }
+    assert_eq!(w.on(Event::Quiet(a)), [], "it is asked already");
+    w.on(Event::Heartbeat(other, Box::default()));
+    let actions = w.after(Duration::from_millis(100));
+    assert_eq!(gone(&actions).iter().map(|(node, _)| *node).collect::<Vec<_>>(), [a]);
+    assert_eq!(w.on(Event::Quiet(other)), [], "it is the last now");
+    assert_eq!(w.on(Event::Quiet(a)), [], "it has gone");
+}
+
+#[test]
 fn copies_of_a_lost_node_wait_for_its_return_while_others_hold_all_experts() {
     let mut w = World::new();
     w.mesh = Mesh::new(Policy { replicas: 2, absence_max: Duration::from_secs(2), ..policy() });
