@@ -150,7 +150,7 @@ impl Cpu {
         self.pool.run(tasks.len(), cost, |task| {
             // SAFETY: the machine has the instruction set; rows, places and weights have the sizes that the entry
             // checks saw, and the cut gives every task its own part of the places.
-            unsafe { (self.kernels.product)(&tasks[task]) }
+            WIDENED.with_borrow_mut(|widened| unsafe { (self.kernels.product)(&tasks[task], widened) });
         });
     }
 
@@ -361,4 +361,6 @@ impl Compute for Cpu {
 thread_local! {
     // What attention has summed so far, kept so that decoding allocates nothing.
     static SUMS: std::cell::RefCell<Vec<f32>> = const { std::cell::RefCell::new(Vec::new()) };
+    // Inputs of a product's task, widened; kept for the same reason.
+    static WIDENED: std::cell::RefCell<Vec<f32>> = const { std::cell::RefCell::new(Vec::new()) };
 }

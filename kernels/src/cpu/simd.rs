@@ -24,6 +24,9 @@ pub(crate) trait Simd: Copy {
     const ROWS_F32: usize;
     /// The same for bf16.
     const ROWS_BF16: usize;
+    /// The same for bf16 weights and inputs that were widened to f32 before, where `dot` is an `fma` with the earlier half and
+    /// one with the later; 0 where widening inputs before gains nothing, or was never measured.
+    const ROWS_WIDENED: usize = 0;
     /// Attention queries that share one walk over a page.
     const QUERIES: usize;
 
@@ -67,6 +70,21 @@ pub(crate) trait Simd: Copy {
     unsafe fn load_pairs(self, at: *const u32) -> Self::Pairs;
     /// `acc` plus both products of each lane.
     fn dot(self, acc: Self::V, x: Self::Pair, w: Self::Pairs) -> Self::V;
+
+    /// The earlier (0) or the later (1) of each of sixteen pairs of bf16, widened.
+    /// # Safety
+    /// Sixteen pairs are readable at `at`.
+    #[inline(always)]
+    unsafe fn half(self, half: usize, at: *const u32) -> Self::V {
+        let mut lanes = [0f32; LANES];
+        for (lane, widened) in lanes.iter_mut().enumerate() {
+            // SAFETY: the caller promises sixteen pairs.
+            let bits = unsafe { at.add(lane).read_unaligned() };
+            *widened = f32::from_bits(if half == 0 { bits << 16 } else { bits & 0xffff_0000 });
+        }
+        // SAFETY: sixteen lanes.
+        unsafe { self.load(lanes.as_ptr()) }
+    }
 
     /// Asks for the line at `at` ahead of its use; the address may be anything.
     fn prefetch(self, at: *const u8);

@@ -12,7 +12,7 @@ use crate::{Dtype, Term, pointwise};
 
 /// One instruction set's kernels. Every entry is unsafe to call where the machine lacks the set, and as its body says.
 pub(crate) struct Kernels {
-    pub product: unsafe fn(&Product<'_>),
+    pub product: unsafe fn(&Product<'_>, &mut Vec<f32>),
     pub attend: unsafe fn(&Attend<'_>, &mut Vec<f32>),
     pub rms_norm_row: unsafe fn(Dtype, &[f32], &[f32], f32, &mut [u8]),
     pub rms_norm_head: unsafe fn(&mut [f32], &[f32], f32),
@@ -144,9 +144,9 @@ macro_rules! entries {
             use super::*;
 
             $(#[target_feature(enable = $features)])?
-            unsafe fn product(p: &Product<'_>) {
+            unsafe fn product(p: &Product<'_>, widened: &mut Vec<f32>) {
                 // SAFETY: the table is only taken where the machine has the instruction set; the rest is the caller's.
-                unsafe { super::product($assume, p) }
+                unsafe { super::product($assume, p, widened) }
             }
 
             $(#[target_feature(enable = $features)])?
@@ -214,9 +214,9 @@ macro_rules! entries {
             }
 
             $(#[target_feature(enable = $features)])?
-            unsafe fn breaking_product(p: &Product<'_>) {
+            unsafe fn breaking_product(p: &Product<'_>, widened: &mut Vec<f32>) {
                 // SAFETY: as above.
-                unsafe { variants::product($assume, p) }
+                unsafe { variants::product($assume, p, widened) }
             }
 
             $(#[target_feature(enable = $features)])?
@@ -269,12 +269,12 @@ mod amx_bf16 {
     use super::*;
     use crate::cpu::amx;
 
-    unsafe fn product(p: &Product<'_>) {
+    unsafe fn product(p: &Product<'_>, widened: &mut Vec<f32>) {
         // SAFETY: the caller's promise, for whichever holds of the dtype.
         unsafe {
             match p.dtype {
                 Dtype::Bf16 => amx::product(p),
-                Dtype::F32 => (avx512_bf16::KERNELS.product)(p),
+                Dtype::F32 => (avx512_bf16::KERNELS.product)(p, widened),
             }
         }
     }

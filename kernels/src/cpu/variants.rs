@@ -22,7 +22,7 @@ const STEP_PAGES: usize = 16;
 /// # Safety
 /// As [`gemm::product`].
 #[inline(always)]
-pub(crate) unsafe fn product<S: Simd>(s: S, p: &Product<'_>) {
+pub(crate) unsafe fn product<S: Simd>(s: S, p: &Product<'_>, widened: &mut Vec<f32>) {
     // SAFETY: the caller's promise.
     unsafe {
         match (p.rows.len(), p.dtype) {
@@ -32,7 +32,7 @@ pub(crate) unsafe fn product<S: Simd>(s: S, p: &Product<'_>) {
             (1, Dtype::F32) => few::<S, false, 1, 4>(s, p),
             (2, Dtype::F32) => few::<S, false, 2, 2>(s, p),
             (FEW_ROWS, Dtype::F32) => few::<S, false, FEW_ROWS, 2>(s, p),
-            _ => gemm::product(s, p),
+            _ => gemm::product(s, p, widened),
         }
     }
 }

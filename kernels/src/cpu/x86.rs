@@ -1,5 +1,6 @@
 //! Sixteen lanes on x86-64: one 512-bit register, or two of 256 bits.
 
+use std::arch::asm;
 use std::arch::x86_64::*;
 
 use super::simd::Simd;
@@ -192,6 +193,7 @@ impl Simd for Avx2 {
 
     const ROWS_F32: usize = 6;
     const ROWS_BF16: usize = 4;
+    const ROWS_WIDENED: usize = 6;
     const QUERIES: usize = 2;
 
     #[inline(always)]
@@ -236,6 +238,17 @@ impl Simd for Avx2 {
             _mm_storeu_si128(at.cast(), narrow_half(v[0]));
             _mm_storeu_si128(at.add(8).cast(), narrow_half(v[1]));
         };
+        half(half: usize, at: *const u32) -> Two = {
+            // Read again for the other half: the compiler would keep what it read in registers that sums need.
+            let at = unseen(at);
+            let (one, two) = (_mm256_loadu_si256(at.cast()), _mm256_loadu_si256(at.add(8).cast()));
+            if half == 0 {
+                [_mm256_castsi256_ps(_mm256_slli_epi32::<16>(one)), _mm256_castsi256_ps(_mm256_slli_epi32::<16>(two))]
+            } else {
+                let mask = _mm256_set1_epi32(0xffff_0000_u32 as i32);
+                [_mm256_castsi256_ps(_mm256_and_si256(one, mask)), _mm256_castsi256_ps(_mm256_and_si256(two, mask))]
+            }
+        };
         load_pairs(at: *const u32) -> [__m256i; 2] =
             [_mm256_loadu_si256(at.cast()), _mm256_loadu_si256(at.add(8).cast())];
     }
@@ -250,6 +263,15 @@ impl Simd for Avx2 {
         // SAFETY: as above.
         unsafe { _mm_prefetch::<_MM_HINT_T1>(at.cast()) }
     }
+}
+
+/// The same address, of which the compiler does not know that it is.
+#[inline(always)]
+#[allow(clippy::pointers_in_nomem_asm_block)] // The block has no instruction: nothing is read.
+fn unseen<T>(mut at: *const T) -> *const T {
+    // SAFETY: no instruction at all.
+    unsafe { asm!("/* {0} */", inout(reg) at, options(nomem, nostack, preserves_flags)) };
+    at
 }
 
 /// Helpers on eight lanes.

@@ -62,8 +62,9 @@ fn whole_numbers_give_exact_sums_on_every_instruction_set() {
 #[test]
 fn a_row_has_the_same_bits_alone_and_in_any_batch_place_and_thread_count() {
     for dtype in DTYPES {
-        // The second is large enough to be shared among threads, and cut over rows as well as columns.
-        for (n, k, m) in [(50, 255, 70), (200, 512, 130)] {
+        // The second is large enough to be shared among threads, and cut over rows as well as columns; the third has more inputs
+        // than a micro-kernel takes at once, and an odd number of them.
+        for (n, k, m) in [(50, 255, 70), (200, 512, 130), (70, 771, 20)] {
             let (w, x) = (Stored::noise(n, k, 3), Noise::new(4).values(m * k));
             for single in backends(dtype, 1) {
                 let packed = single.pack(&[w.view()]);
