@@ -129,25 +129,17 @@ pub(crate) unsafe fn product<S: Simd>(s: S, p: &Product<'_>, widened: &mut Vec<f
         let to = p.rows.end.min(from + block_rows);
         // SAFETY: the caller's promise, for some of the rows.
         unsafe {
-            if widens {
-                product_widened(s, p, from, to, widened);
-            } else {
-                product_of_rows(s, p, from, to, Inputs::AsTheyAre(p.x));
+            match p.dtype {
+                Dtype::Bf16 if widens => product_widened(s, p, from, to, widened),
+                Dtype::Bf16 => product_of_rows::<S, BF16>(s, p, from, to, p.x, 0),
+                Dtype::F32 => product_of_rows::<S, F32>(s, p, from, to, p.x, 0),
             }
         }
         from = to;
     }
 }
 
-/// What a micro-kernel reads of its inputs.
-#[derive(Clone, Copy)]
-enum Inputs<'a> {
-    AsTheyAre(Source<'a>),
-    /// bf16 as f32; an odd number of elements is followed by a zero, as in the packed weights.
-    Widened(Source<'a>),
-}
-
-/// Widens rows `from..to` and computes their part.
+/// Widens rows `from..to` and computes their part. An odd number of inputs is followed by a zero, as in the packed weights.
 /// # Safety
 /// As `product`, for rows `from..to` of bf16.
 #[inline(always)]
@@ -175,18 +167,21 @@ unsafe fn product_widened<S: Simd>(s: S, p: &Product<'_>, from: usize, to: usize
     let bytes = unsafe { std::slice::from_raw_parts(bytes, size_of_val(widened.as_slice())) };
     let x = Source::Strided { bytes, stride: stride * size_of::<f32>() };
     // SAFETY: the caller's promise, and inputs as just widened.
-    unsafe { product_of_rows(s, p, from, to, Inputs::Widened(x)) }
+    unsafe { product_of_rows::<S, WIDENED>(s, p, from, to, x, from) }
 }
 
 /// # Safety
-/// As `product`, for rows `from..to`; widened inputs begin at row `from`.
+/// As `product`, for rows `from..to`, whose inputs are those of `inputs` from `from - first` on.
 #[inline(always)]
-unsafe fn product_of_rows<S: Simd>(s: S, p: &Product<'_>, from: usize, to: usize, inputs: Inputs<'_>) {
-    let bf16 = p.dtype == Dtype::Bf16;
-    let (x_of, first, rows_at_once) = match inputs {
-        Inputs::Widened(x) => (x, from, S::ROWS_WIDENED),
-        Inputs::AsTheyAre(x) => (x, 0, if bf16 { S::ROWS_BF16 } else { S::ROWS_F32 }),
-    };
+unsafe fn product_of_rows<S: Simd, const KIND: u8>(
+    s: S,
+    p: &Product<'_>,
+    from: usize,
+    to: usize,
+    inputs: Source<'_>,
+    first: usize,
+) {
+    let rows_at_once = rows_max::<S>(KIND);
     let mut tile = Tile([[0.0; TILE_COLS]; ROWS_MAX]);
     let mut block = p.blocks.start;
     while block < p.blocks.end {
@@ -210,17 +205,13 @@ unsafe fn product_of_rows<S: Simd>(s: S, p: &Product<'_>, from: usize, to: usize
             }
             // As even as possible: 4 + 4 rows rather than 6 + 2.
             let rows = left.div_ceil(left.div_ceil(rows_at_once));
-            let mut x = [x_of.row(row - first); ROWS_MAX];
+            let mut x = [inputs.row(row - first); ROWS_MAX];
             for i in 1..rows {
-                x[i] = x_of.row(row - first + i);
+                x[i] = inputs.row(row - first + i);
             }
             // SAFETY: `rows` rows of k elements and `blocks` blocks of weights, as sliced and promised.
             unsafe {
-                match (inputs, bf16) {
-                    (Inputs::Widened(_), _) => fill::<S, WIDENED>(s, rows, blocks, &x, panel, &mut tile),
-                    (_, true) => fill::<S, BF16>(s, rows, blocks, &x, panel, &mut tile),
-                    (_, false) => fill::<S, F32>(s, rows, blocks, &x, panel, &mut tile),
-                }
+                fill::<S, KIND>(s, rows, blocks, &x, panel, &mut tile);
                 for i in 0..rows {
                     finish(s, p, block, blocks, &tile.0[i], p.out.row(row + i));
                 }

@@ -267,11 +267,11 @@ impl Simd for Avx2 {
 
 /// The same address, of which the compiler does not know that it is.
 #[inline(always)]
-#[allow(clippy::pointers_in_nomem_asm_block)] // The block has no instruction: nothing is read.
-fn unseen<T>(mut at: *const T) -> *const T {
+fn unseen<T>(at: *const T) -> *const T {
+    let mut address = at.expose_provenance();
     // SAFETY: no instruction at all.
-    unsafe { asm!("/* {0} */", inout(reg) at, options(nomem, nostack, preserves_flags)) };
-    at
+    unsafe { asm!("/* {0} */", inout(reg) address, options(nomem, nostack, preserves_flags)) };
+    std::ptr::with_exposed_provenance(address)
 }
 
 /// Helpers on eight lanes.
