@@ -36,9 +36,15 @@ enum Memory {
 pub trait Shared: DerefMut<Target = [u8]> + Send + Sync {
     /// What they find it by.
     fn key(&self) -> &[u8];
+
+    /// From now on what it holds may be read by whom its owner calls `to`.
+    fn lend(&self, to: u64);
+
+    /// From now on it may not; what is written next is nobody's.
+    fn take_back(&self);
 }
 
-/// Makes shared memory of so many bytes, beginning at a page, if there is any to be had.
+/// Makes shared memory of so many bytes, aligned to [`BODY_ALIGN`], if there is any to be had.
 pub type MakeShared = Box<dyn Fn(usize) -> Option<Box<dyn Shared>> + Send + Sync>;
 
 impl Memory {
@@ -249,6 +255,9 @@ impl Window {
     }
 
     fn give_back(&self, memory: Memory, used: Use) {
+        if let (Memory::Shared(memory), Use::Lent) = (&memory, used) {
+            memory.take_back();
+        }
         let starved = {
             let mut state = self.lock();
             state.end(used);
@@ -337,9 +346,11 @@ impl FrameBuf {
         }
     }
 
-    /// The body goes to a peer that reads it where it is: until it is dropped it keeps its memory, but takes no room in the window.
-    pub fn lend(&mut self) {
-        if let Some(window) = self.window.as_ref().filter(|_| self.used == Use::Send) {
+    /// The body goes to a peer that reads it where it is, under the name `to`: until it is dropped it keeps its memory, but takes
+    /// no room in the window. Does nothing to one that is not in shared memory.
+    pub fn lend(&mut self, to: u64) {
+        if let (Memory::Shared(memory), Some(window), Use::Send) = (&self.memory, &self.window, self.used) {
+            memory.lend(to);
             window.lend();
             self.used = Use::Lent;
         }
@@ -461,6 +472,8 @@ mod tests {
         fn key(&self) -> &[u8] {
             b"key"
         }
+        fn lend(&self, _: u64) {}
+        fn take_back(&self) {}
     }
 
     #[test]
@@ -476,7 +489,7 @@ mod tests {
         assert_eq!(window.shared_max(), 4);
         drop((before, bodies));
         let mut lent = window.take(70_000).unwrap();
-        lent.lend();
+        lent.lend(7);
         let others: Vec<_> = (0..12).map(|_| window.take(70_000).unwrap()).collect();
         assert_eq!(window.in_use(), 12, "what is lent takes no room");
         drop((lent, others));

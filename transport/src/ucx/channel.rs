@@ -32,10 +32,19 @@ impl Sending {
         head[PREFIX_BYTES..].copy_from_slice(&self.header);
     }
 
-    /// What the peer can read the body by where it is, if that is worth it: it is in shared memory, and longer than one message
-    /// of `part_bytes`.
-    pub fn key(&self, part_bytes: usize) -> Option<&[u8]> {
-        self.body.key().filter(|_| self.body.len() > part_bytes)
+    /// What the peer can read the body by where it is, if that is in shared memory.
+    pub fn key(&self) -> Option<&[u8]> {
+        self.body.key()
+    }
+
+    /// Lets the peer read the body where it is, if that is worth it: it is in shared memory, and longer than one message of
+    /// `part_bytes`. Whether it may.
+    pub fn lend(&mut self, part_bytes: usize) -> bool {
+        let worth_it = self.body.key().is_some() && self.body.len() > part_bytes;
+        if worth_it {
+            self.body.lend(self.prefix.token.0);
+        }
+        worth_it
     }
 
     /// `bytes` of the body are with UCX; whether that was the rest.
@@ -146,9 +155,8 @@ impl Outgoing {
         self.reachable
     }
 
-    /// Keeps a frame whose body the peer reads where it is.
-    pub fn lend(&mut self, mut frame: Sending) {
-        frame.body.lend();
+    /// Keeps a frame that was lent.
+    pub fn keep(&mut self, frame: Sending) {
         self.lent.push_back(frame);
     }
 
@@ -405,13 +413,13 @@ mod tests {
         for _ in 0..4 {
             outgoing.push(header(), window.take(10).unwrap());
             let frame = outgoing.next().unwrap();
-            outgoing.lend(frame);
+            outgoing.keep(frame);
         }
-        assert_eq!((outgoing.lent.len(), window.in_use()), (4, 0));
+        assert_eq!(window.in_use(), 4);
         assert!(outgoing.acknowledge(3));
-        assert_eq!(outgoing.lent.len(), 1);
+        assert_eq!(window.in_use(), 1);
         assert!(outgoing.acknowledge(4));
-        assert_eq!((outgoing.lent.len(), window.in_use()), (0, 0));
+        assert_eq!(window.in_use(), 0);
     }
 
     #[test]
@@ -421,7 +429,7 @@ mod tests {
         for _ in 0..3 {
             outgoing.push(header(), window.take(10).unwrap());
             let frame = outgoing.next().unwrap();
-            outgoing.lend(frame);
+            outgoing.keep(frame);
         }
         outgoing.push(header(), FrameBuf::empty());
         assert!(outgoing.is_reachable());

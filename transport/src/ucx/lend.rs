@@ -4,35 +4,42 @@
 //! The sender has UCX make memory that it can share (`ucp_mem_map` with `UCP_MEM_MAP_ALLOCATE`) and sends, in place of a body,
 //! what the receiver finds it by; the receiver attaches it (`ucp_ep_rkey_unpack`, `ucp_rkey_ptr`), copies the body out, and
 //! checks the copy. The sender keeps the body until the frame is acknowledged. If the channel ends before that, the sender
-//! may write to the memory while the receiver copies, which the body's CRC shows. A process that dies leaves its memory to
-//! those who have attached it, and nothing behind.
+//! writes other frames there, perhaps while the receiver copies: so the memory begins with a stamp that says to which channel its
+//! body is lent, and a copy counts only if the stamp is still that channel's afterwards. A process that dies leaves its memory
+//! to those who have attached it, and nothing behind.
 
 use std::ffi::c_void;
 use std::ops::{Deref, DerefMut};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering, fence};
 
 use ucx_sys as sys;
 
+use super::inbox::Token;
 use super::library::{Context, UcxError, check};
-use crate::buffer::{MakeShared, Shared};
+use crate::buffer::{BODY_ALIGN, MakeShared, Shared};
 
 /// Bytes of a key at most: number, address and length of the memory, then what UCX packs, which for memory of one host is
 /// some thirty bytes.
 pub const KEY_BYTES_MAX: usize = 128;
 /// Bytes of a key before what UCX packs.
 const PLACE_BYTES: usize = 24;
+/// Bytes before the body: the stamp, and what aligns the body.
+const STAMP_BYTES: usize = BODY_ALIGN;
+/// The stamp of memory whose body nobody may read.
+const NOT_LENT: u64 = 0;
 /// What follows a packed key when it is unpacked, so that one that says more than it has is read to its end within it: UCX takes
 /// no length, and reads at most a byte and so many bytes more for each of 64 domains.
 const PACKED_BYTES_MAX: usize = 64 * 256 + 64;
 /// Memories of one peer that are kept attached, at most: as many as a peer lends at once, with its usual window.
 const ATTACHED_MAX: usize = 64;
 
-/// Memory of ours that others can attach.
+/// Memory of ours that others can attach: a stamp, then room for a body.
 struct Region {
     context: Arc<Context>,
     memory: sys::ucp_mem_h,
     start: *mut u8,
+    /// Of the body.
     bytes: usize,
     key: Vec<u8>,
 }
@@ -43,14 +50,15 @@ unsafe impl Send for Region {}
 unsafe impl Sync for Region {}
 
 impl Region {
-    /// Of `bytes`, zeroed, numbered `number` within this process.
+    /// For bodies of `bytes`, zeroed, numbered `number` within this process.
     fn new(context: Arc<Context>, bytes: usize, number: u64) -> Result<Self, UcxError> {
         use sys::ucp_mem_map_params_field as field;
         let ucp = &context.ucp;
         // SAFETY: a C struct of integers and pointers, for which zero is a valid value.
         let mut params: sys::ucp_mem_map_params_t = unsafe { std::mem::zeroed() };
         params.field_mask = u64::from((field::UCP_MEM_MAP_PARAM_FIELD_LENGTH | field::UCP_MEM_MAP_PARAM_FIELD_FLAGS).0);
-        params.length = bytes;
+        let whole = STAMP_BYTES + bytes;
+        params.length = whole;
         params.flags = sys::UCP_MEM_MAP_ALLOCATE.0;
         let mut memory: sys::ucp_mem_h = std::ptr::null_mut();
         // SAFETY: a live context, parameters that outlive the call and name what is set, a place to write to.
@@ -71,7 +79,7 @@ impl Region {
         // SAFETY: a live context and handle, places to write to.
         let status = unsafe { ucp.ucp_rkey_pack(region.context.raw, memory, &raw mut packed, &raw mut packed_bytes) };
         check(ucp, "ucp_rkey_pack", status)?;
-        for word in [number, attr.address as u64, bytes as u64] {
+        for word in [number, attr.address as u64, whole as u64] {
             region.key.extend_from_slice(&word.to_le_bytes());
         }
         // SAFETY: on success, so many readable bytes until they are released below.
@@ -79,10 +87,7 @@ impl Region {
         // SAFETY: got from this library above, released once.
         unsafe { ucp.ucp_rkey_buffer_release(packed) };
         let unfit = |reason: String| UcxError::NoMemory { bytes, reason };
-        if attr.length < bytes
-            || attr.address.is_null()
-            || !attr.address.addr().is_multiple_of(crate::buffer::BODY_ALIGN)
-        {
+        if attr.length < whole || attr.address.is_null() || !attr.address.addr().is_multiple_of(BODY_ALIGN) {
             return Err(unfit(format!("UCX made {} bytes at {:p}", attr.length, attr.address)));
         }
         if region.key.len() > KEY_BYTES_MAX {
@@ -90,8 +95,14 @@ impl Region {
         }
         region.start = attr.address.cast();
         // Fresh from the system it is zero, but nobody promises that.
+        region.stamp().store(NOT_LENT, Ordering::Relaxed);
         region.fill(0);
         Ok(region)
+    }
+
+    fn stamp(&self) -> &AtomicU64 {
+        // SAFETY: aligned, of this process until `drop`, and used as an atomic by everybody.
+        unsafe { AtomicU64::from_ptr(self.start.cast()) }
     }
 }
 
@@ -103,7 +114,7 @@ impl Deref for Region {
             return &[];
         }
         // SAFETY: so many bytes of this process, initialised by `new`, until `drop`. Other processes only read them.
-        unsafe { std::slice::from_raw_parts(self.start, self.bytes) }
+        unsafe { std::slice::from_raw_parts(self.start.add(STAMP_BYTES), self.bytes) }
     }
 }
 
@@ -112,15 +123,28 @@ impl DerefMut for Region {
         if self.start.is_null() {
             return &mut [];
         }
-        // SAFETY: as above, and borrowed mutably. While another process may read it, it belongs to the channel that lent it; after
-        // that channel's end, what the other reads is checked by CRC.
-        unsafe { std::slice::from_raw_parts_mut(self.start, self.bytes) }
+        // SAFETY: as above, and borrowed mutably. While another process may read it, it belongs to the channel that lent it; what
+        // the other reads after that channel's end does not count.
+        unsafe { std::slice::from_raw_parts_mut(self.start.add(STAMP_BYTES), self.bytes) }
     }
 }
 
 impl Shared for Region {
     fn key(&self) -> &[u8] {
         &self.key
+    }
+
+    // The two ends of a sequence lock (Boehm, "Can seqlocks get along with programming language memory models?", 2012), of
+    // which [`Borrowed::copy`] is the reader.
+
+    fn lend(&self, to: u64) {
+        self.stamp().store(to, Ordering::Release);
+    }
+
+    fn take_back(&self) {
+        self.stamp().store(NOT_LENT, Ordering::Relaxed);
+        // Whoever reads what is written to the body from now on finds the stamp gone.
+        fence(Ordering::Release);
     }
 }
 
@@ -161,6 +185,15 @@ struct Attached {
     bytes: usize,
 }
 
+/// What became of a body that a peer lends.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Fetched {
+    /// It was copied as the peer wrote it.
+    Whole,
+    /// The peer had given the channel up and taken the body back before the copy was done: it may be part of another.
+    TakenBack,
+}
+
 /// The memories of one peer that are attached here.
 #[derive(Debug, Default)]
 pub struct Borrowed {
@@ -172,7 +205,8 @@ pub struct Borrowed {
 unsafe impl Send for Borrowed {}
 
 impl Borrowed {
-    /// Copies the beginning of the memory that a peer's `key` names to `body`.
+    /// Copies the beginning of the body in the memory that a peer's `key` names to `body`; what it holds counts only if the body
+    /// was still lent to the channel that we call `ours` afterwards.
     ///
     /// # Errors
     /// That it cannot be reached, with UCX's words.
@@ -184,8 +218,9 @@ impl Borrowed {
         ucp: &sys::Ucp,
         endpoint: sys::ucp_ep_h,
         key: &[u8],
+        ours: Token,
         body: &mut [u8],
-    ) -> Result<(), UcxError> {
+    ) -> Result<Fetched, UcxError> {
         let unfit = |reason: &str| UcxError::NoMemory { bytes: body.len(), reason: reason.to_owned() };
         let Some((place, packed)) = key.split_first_chunk::<PLACE_BYTES>() else {
             return Err(unfit("a key too short"));
@@ -203,13 +238,19 @@ impl Borrowed {
                 self.attached.push(attached);
             }
         }
-        let from = self.attached.last().filter(|attached| attached.bytes >= body.len());
-        let Some(from) = from else { return Err(unfit("the memory is shorter than the body")) };
+        let room = |attached: &&Attached| {
+            attached.start.addr().is_multiple_of(BODY_ALIGN) && attached.bytes >= STAMP_BYTES + body.len()
+        };
+        let from = self.attached.last().filter(room);
+        let Some(from) = from else { return Err(unfit("the memory has no place for the body")) };
         // SAFETY: so many readable bytes of an attached memory, as the kernel says. The peer may write to them meanwhile, if
         // it does not keep to the protocol or has given the channel up: they are copied as bytes, for which any value is valid,
         // and the copy is checked.
-        unsafe { std::ptr::copy_nonoverlapping(from.start, body.as_mut_ptr(), body.len()) };
-        Ok(())
+        unsafe { std::ptr::copy_nonoverlapping(from.start.add(STAMP_BYTES), body.as_mut_ptr(), body.len()) };
+        fence(Ordering::Acquire);
+        // SAFETY: readable as above, aligned, and only loaded from.
+        let stamp = unsafe { AtomicU64::from_ptr(from.start.cast_mut().cast()) }.load(Ordering::Relaxed);
+        Ok(if stamp == ours.0 { Fetched::Whole } else { Fetched::TakenBack })
     }
 
     /// Detaches all.

@@ -9,7 +9,7 @@ use super::UcxOptions;
 use super::channel::{Incoming, Outgoing, Sending};
 use super::door::{Door, Entered};
 use super::inbox::{ACK_EVERY, ACK_EVERY_BORROWED, Arrival, HEAD_BYTES, Inbox, Token};
-use super::lend;
+use super::lend::{self, Fetched};
 use super::library::{Context, UcxError};
 use super::peer::{Channel, failed, unavailable, violation};
 use super::sentinel::{LOOK_EVERY, Quiet, Sentinel};
@@ -213,8 +213,12 @@ impl UcxTransport {
         let id = channel.id;
         match arrival {
             Arrival::Lent { number, header, mut payload, key } => {
-                match self.queues.worker.fetch(&mut channel.endpoint, &key, payload.body()) {
-                    Ok(()) => {
+                match self.queues.worker.fetch(&mut channel.endpoint, token, &key, payload.body()) {
+                    Ok(Fetched::TakenBack) => {
+                        let error = TransportError::Closed { peer: channel.name.clone() };
+                        self.break_later(id, error);
+                    }
+                    Ok(Fetched::Whole) => {
                         channel.incoming.borrowed();
                         self.arrived(token, Arrival::Frame { number, header, payload });
                     }
@@ -341,12 +345,14 @@ impl UcxTransport {
     }
 
     /// Tells the peer where to read a frame's body, if it can; otherwise the frame comes back.
-    fn lend(&mut self, place: usize, frame: Sending) -> Option<Sending> {
+    fn lend(&mut self, place: usize, mut frame: Sending) -> Option<Sending> {
         let channel = self.channels[place].as_mut()?;
         let can = channel.same_host && self.queues.sentinel.is_some() && channel.outgoing.is_reachable();
-        let Some(key) = frame.key(SHARED_PART_BYTES).filter(|_| can) else { return Some(frame) };
-        let outcome = self.queues.worker.lend_frame(&channel.endpoint, channel.token, &frame, key);
-        channel.outgoing.lend(frame);
+        if !can || !frame.lend(SHARED_PART_BYTES) {
+            return Some(frame);
+        }
+        let outcome = self.queues.worker.lend_frame(&channel.endpoint, channel.token, &frame);
+        channel.outgoing.keep(frame);
         if let Err(error) = outcome {
             let (id, error) = (channel.id, channel.failed("lend a frame", error));
             self.break_later(id, error);

@@ -10,7 +10,7 @@ use ucx_sys as sys;
 
 use super::channel::Sending;
 use super::inbox::{self, AM_ACK, AM_FRAME, AM_LENT, AM_UNREACHABLE, HEAD_BYTES, Inbox, Token};
-use super::lend::{Borrowed, KEY_BYTES_MAX};
+use super::lend::{Borrowed, Fetched, KEY_BYTES_MAX};
 use super::library::{Context, UcxError, check, status_words};
 
 /// How long a worker that goes waits for what it still has under way.
@@ -228,18 +228,25 @@ impl Worker {
         }
     }
 
-    /// Sends a frame without its body, which the peer is to read at `key` and the caller keeps until it is acknowledged.
-    pub fn lend_frame(&mut self, to: &Endpoint, channel: Token, frame: &Sending, key: &[u8]) -> Result<(), UcxError> {
+    /// Sends a frame without its body, which the peer is to read by its key and the caller keeps until it is acknowledged.
+    pub fn lend_frame(&mut self, to: &Endpoint, channel: Token, frame: &Sending) -> Result<(), UcxError> {
+        let key = frame.key().unwrap_or_default();
         let mut kept = self.spare_head();
         frame.head(&mut kept[..HEAD_BYTES]);
         kept[HEAD_BYTES..][..key.len()].copy_from_slice(key);
         self.send_head(to, channel, AM_LENT, kept, HEAD_BYTES + key.len())
     }
 
-    /// Copies to `body` what a peer lends at `key`.
-    pub fn fetch(&mut self, from: &mut Endpoint, key: &[u8], body: &mut [u8]) -> Result<(), UcxError> {
+    /// Copies to `body` what a peer lends to `channel` at `key`.
+    pub fn fetch(
+        &mut self,
+        from: &mut Endpoint,
+        channel: Token,
+        key: &[u8],
+        body: &mut [u8],
+    ) -> Result<Fetched, UcxError> {
         // SAFETY: a live endpoint of this worker, whose memories are detached by `close`.
-        unsafe { from.borrowed.copy(&self.context.ucp, from.raw, key, body) }
+        unsafe { from.borrowed.copy(&self.context.ucp, from.raw, key, channel, body) }
     }
 
     /// Gives up what of the peer's memory is attached, which must be before the endpoint or the worker goes.
