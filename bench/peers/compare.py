@@ -1,19 +1,23 @@
 #!/usr/bin/env python3
 """The mesh beside the engines that people run on one machine: same weights, same processors, same prompts, in turns.
 
-    compare.py --model DIR [--peers llama.cpp,transformers] [--shapes 1A2E:ucx,1A1E:local] [--rounds 3] [--json FILE]
+    compare.py --model DIR [--peers llama.cpp,transformers] [--shapes 1A2E:ucx,1A1E:local] [--rounds 3] [--apart] [--json FILE]
     compare.py --model DIR --peers llama.cpp-rpc --shapes 1A4E:ucx
 
 llama.cpp-rpc is llama.cpp with workers of its own in further processes, over loopback, twice: whole layers on the workers, and only the
 routed experts of whole layers. Peers compute with all processors; a mesh's nodes, and the workers, with as many threads as each takes by
 default (--mesh-threads, --rpc-threads).
 
-All engines are loaded at once and take turns in every round, so that a change of the machine's mood meets all of them. Figures
-are medians over the rounds: prefill in tokens a second up to the first token; decode in tokens a second, which is streams over the
-median time between two tokens. Needs requirements.txt, and `cargo build --release --workspace --bins`."""
+All engines are loaded at once and take turns in every round, so that a change of the machine's mood meets all of them. With --apart
+only one is there at a time: each round starts every engine, warms it up, measures it and ends it, the first one last in the next round,
+so that none shares memory or caches with another.
+
+Figures are medians over the rounds: prefill in tokens a second up to the first token; decode in tokens a second, which is streams over
+the median time between two tokens. Needs requirements.txt, and `cargo build --release --workspace --bins`."""
 
 import argparse
 import contextlib
+import functools
 import json
 import os
 import pathlib
@@ -108,11 +112,13 @@ class Peer:
 class Mesh:
     """A mesh of `meshctl up`, measured by `meshctl bench`."""
 
-    def __init__(self, shape: str, model: pathlib.Path, threads: int | None, bins: pathlib.Path) -> None:
-        self.name, self.meshctl = f"mesh {shape}", bins / "meshctl"
+    def __init__(self, shape: str, args: argparse.Namespace) -> None:
+        self.name, self.meshctl = f"mesh {shape}", args.bin_dir / "meshctl"
         nodes, transport = shape.split(":")
         attention, experts = nodes.rstrip("E").split("A")
-        command = [self.meshctl, "up", "--model", model, "--attention", attention, "--experts", experts, "--json"]
+        threads = args.mesh_threads
+        command = [self.meshctl, "up", "--model", args.model, "--attention", attention, "--experts", experts, "--json"]
+        command += ["--cache-dir", args.cache_dir] if args.cache_dir else []
         command += ["--transport", transport, "--dtype", "bf16", "--grpc", "127.0.0.1:0", "--log", "warn"]
         command += ["--threads", str(threads)] if threads else []
         self.process = subprocess.Popen([str(word) for word in command], stdout=subprocess.PIPE, text=True)
@@ -156,48 +162,86 @@ def gguf_of(model: pathlib.Path, folder: pathlib.Path) -> pathlib.Path:
     return file
 
 
-def start(args: argparse.Namespace, running: contextlib.ExitStack) -> list:
-    """All engines, each ready before the next is started, so that none loads while another packs its weights."""
-    engines: list = []
+@contextlib.contextmanager
+def served(shape: str, args: argparse.Namespace):
+    """A mesh that serves."""
+    mesh = Mesh(shape, args)
+    try:
+        mesh.ready()
+        yield mesh
+    finally:
+        mesh.stop()
 
-    def run(engine):
-        running.callback(engine.stop)
-        ready = engine.ready()
-        engines.append(engine)
-        return ready
 
-    peers = [peer for peer in args.peers.split(",") if peer]
-    weights_of = {peer: gguf_of(args.model, args.gguf_dir) if peer.startswith("llama.cpp") else args.model for peer in peers}
-    for shape in filter(None, args.shapes.split(",")):
-        run(Mesh(shape, args.model, args.mesh_threads, args.bin_dir))
-    for peer, weights in weights_of.items():
-        for name in [f"{RPC}/layers", f"{RPC}/experts"] if peer == RPC else [peer]:
-            workers = []
-            for _ in range(args.rpc_workers if peer == RPC else 0):
-                worker = RpcWorker(args.rpc_threads)
-                running.callback(worker.stop)
-                workers.append(worker.ready())
-            run(Peer(name, weights, args.threads, workers))
+@contextlib.contextmanager
+def loaded(name: str, weights: pathlib.Path, args: argparse.Namespace):
+    """A peer that has loaded its weights, with its workers if it has any."""
+    with contextlib.ExitStack() as running:
+        workers = []
+        for _ in range(args.rpc_workers if name.startswith(RPC) else 0):
+            worker = RpcWorker(args.rpc_threads)
+            running.callback(worker.stop)
+            workers.append(worker.ready())
+        peer = Peer(name, weights, args.threads, workers)
+        running.callback(peer.stop)
+        peer.ready()
+        yield peer
+
+
+def starts(args: argparse.Namespace) -> list:
+    """For each engine what starts it and ends it."""
+    engines = [functools.partial(served, shape, args) for shape in args.shapes.split(",") if shape]
+    for of in filter(None, args.peers.split(",")):
+        weights = gguf_of(args.model, args.gguf_dir) if of.startswith("llama.cpp") else args.model
+        names = [f"{RPC}/layers", f"{RPC}/experts"] if of == RPC else [of]
+        engines += [functools.partial(loaded, name, weights, args) for name in names]
     return engines
 
 
-def measure(args: argparse.Namespace, engines: list) -> dict:
-    """Figure -> engine -> its values, the first of which is the warm-up's."""
+def measure(args: argparse.Namespace, engines: list, round_: int, figures: dict) -> None:
+    """Adds each engine's value to figure -> engine -> values."""
+    for tokens in map(int, args.prefill.split(",")):
+        for engine in engines:
+            value = engine.prefill(tokens, round_)
+            figures.setdefault(f"prefill {tokens}", {}).setdefault(engine.name, []).append(value)
+    for streams in map(int, args.streams.split(",")):
+        for engine in engines:
+            value = engine.decode(streams, args.prompt, args.steps)
+            figures.setdefault(f"decode {streams}", {}).setdefault(engine.name, []).append(value)
+
+
+def together(args: argparse.Namespace) -> tuple[dict, dict]:
+    """The figures, and each engine's greedy tokens; each is ready before the next is started, so that none loads while another
+    packs its weights."""
     figures: dict = {}
-    for round_ in range(args.rounds + 1):
-        for tokens in map(int, args.prefill.split(",")):
-            for engine in engines:
-                value = engine.prefill(tokens, round_)
-                figures.setdefault(f"prefill {tokens}", {}).setdefault(engine.name, []).append(value)
-        for streams in map(int, args.streams.split(",")):
-            for engine in engines:
-                value = engine.decode(streams, args.prompt, args.steps)
-                figures.setdefault(f"decode {streams}", {}).setdefault(engine.name, []).append(value)
-        print(f"round {round_} of {args.rounds} done" + (" (warm-up)" if round_ == 0 else ""), file=sys.stderr)
-    return figures
+    with contextlib.ExitStack() as running:
+        engines = [running.enter_context(start()) for start in starts(args)]
+        for round_ in range(args.rounds + 1):
+            # The first is the warm-up's.
+            measure(args, engines, round_, figures if round_ else {})
+            print(f"round {round_} of {args.rounds} done" + ("" if round_ else " (warm-up)"), file=sys.stderr)
+        return figures, {engine.name: greedy(engine) for engine in engines}
 
 
-def show(args: argparse.Namespace, names: list[str], medians: dict, greedy: dict) -> None:
+def apart(args: argparse.Namespace) -> tuple[dict, dict]:
+    """The same of engines of which only one is there at a time."""
+    figures, chosen = {}, {}
+    engines = starts(args)
+    for round_ in range(1, args.rounds + 1):
+        for start in engines if round_ % 2 else engines[::-1]:
+            with start() as engine:
+                measure(args, [engine], 0, {})
+                measure(args, [engine], round_, figures)
+                chosen[engine.name] = greedy(engine)
+                print(f"round {round_} of {args.rounds}: {engine.name} done", file=sys.stderr)
+    return figures, chosen
+
+
+def greedy(engine) -> list[int]:
+    return engine.greedy([57, 280, 718], 15)
+
+
+def show(args: argparse.Namespace, names: list[str], medians: dict, chosen: dict) -> None:
     nodes = f"{args.mesh_threads} threads a node" if args.mesh_threads else "a node's default threads"
     workers = f", {args.rpc_workers} RPC workers of {args.rpc_threads} threads" if RPC in args.peers else ""
     print(f"\ntokens/s, medians of {args.rounds} rounds, bf16; mesh: {nodes}; peers: {args.threads} threads{workers}")
@@ -215,8 +259,8 @@ def show(args: argparse.Namespace, names: list[str], medians: dict, greedy: dict
             print(f"{mesh} / {peer}: {'  '.join(ratios)}")
     first = names[0]
     for name in names[1:]:
-        same = next((at for at, (a, b) in enumerate(zip(greedy[first], greedy[name])) if a != b), len(greedy[first]))
-        print(f"greedy tokens equal to {first}: {name} {same} of {len(greedy[first])}")
+        same = next((at for at, (a, b) in enumerate(zip(chosen[first], chosen[name])) if a != b), len(chosen[first]))
+        print(f"greedy tokens equal to {first}: {name} {same} of {len(chosen[first])}")
 
 
 def parse() -> argparse.Namespace:
@@ -233,6 +277,8 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--prompt", type=int, default=16, help="prompt tokens of each decoding stream")
     parser.add_argument("--steps", type=int, default=24, help="tokens of each decoding stream")
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--apart", action="store_true", help="one engine at a time, started anew in every round")
+    parser.add_argument("--cache-dir", type=pathlib.Path, help="where meshes keep their packed weights; starts are quick with it")
     parser.add_argument("--gguf-dir", type=pathlib.Path, default=pathlib.Path(tempfile.gettempdir()))
     parser.add_argument("--bin-dir", type=pathlib.Path, default=ROOT / "target/release")
     parser.add_argument("--json", type=pathlib.Path)
@@ -243,17 +289,14 @@ def main() -> None:
     args = parse()
     # Ends as on any other failure, so that nothing stays behind.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit("terminated"))
-    with contextlib.ExitStack() as running:
-        engines = start(args, running)
-        figures = measure(args, engines)
-        greedy = {engine.name: engine.greedy([57, 280, 718], 15) for engine in engines}
-    medians = {figure: {name: statistics.median(v[1:]) for name, v in by.items()} for figure, by in figures.items()}
-    show(args, [engine.name for engine in engines], medians, greedy)
+    figures, chosen = (apart if args.apart else together)(args)
+    medians = {figure: {name: statistics.median(values) for name, values in by.items()} for figure, by in figures.items()}
+    show(args, list(chosen), medians, chosen)
     if args.json:
         commit = subprocess.run(["git", "-C", ROOT, "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip()
         machine = {"cpus": os.cpu_count(), "platform": platform.platform()}
         report = {"command": sys.argv, "commit": commit, "machine": machine, "time": time.time()}
-        args.json.write_text(json.dumps({**report, "medians": medians, "rounds": figures, "greedy": greedy}, indent=1))
+        args.json.write_text(json.dumps({**report, "medians": medians, "rounds": figures, "greedy": chosen}, indent=1))
 
 
 if __name__ == "__main__":
