@@ -12,8 +12,8 @@ pub(crate) const LINE_BYTES: usize = 64;
 /// Weights of at least this size are aligned to, and asked to lie in, huge pages: at one row a GEMM walks all of them,
 /// and a TLB miss every 4 KiB costs about a tenth of the bandwidth.
 const HUGE_PAGE_BYTES: usize = 2 << 20;
-/// Weights of at least this size have a mapping of their own, which the system has back as soon as they are dropped: an
-/// allocator keeps what experts leave behind that move to other nodes.
+/// What is of at least this size has a mapping of its own if it comes and goes, which the system has back as soon as it is
+/// dropped: an allocator keeps what experts leave behind that move to other nodes, and what the rows of a burst needed.
 const MAPPED_BYTES_MIN: usize = 64 << 10;
 
 /// Zeroed bytes, [`LINE_BYTES`] aligned.
@@ -47,20 +47,22 @@ impl AlignedBuf {
         AlignedBuf { storage: Storage::None, start, len: 0 }
     }
 
-    /// `len` zero bytes that will be written at once and read often.
+    /// `len` zero bytes that the system has back when they are dropped, if they are many.
+    pub fn passing(len: usize) -> Result<AlignedBuf, KernelError> {
+        if len < MAPPED_BYTES_MIN { AlignedBuf::zeroed(len) } else { AlignedBuf::mapped(len, LINE_BYTES) }
+    }
+
+    /// As [`AlignedBuf::passing`], for bytes that will be written at once and read often.
     pub fn for_weights(len: usize) -> Result<AlignedBuf, KernelError> {
-        if len < MAPPED_BYTES_MIN {
-            return AlignedBuf::zeroed(len);
+        if len < HUGE_PAGE_BYTES {
+            return AlignedBuf::passing(len);
         }
-        let align = if len < HUGE_PAGE_BYTES { LINE_BYTES } else { HUGE_PAGE_BYTES };
-        let buf = AlignedBuf::mapped(len, align)?;
+        let buf = AlignedBuf::mapped(len, HUGE_PAGE_BYTES)?;
         #[cfg(target_os = "linux")]
-        if len >= HUGE_PAGE_BYTES {
-            // SAFETY: the range is whole pages inside our own mapping, and the advice changes no contents. A refusal
-            // (a kernel without huge pages) is harmless, so its result is not needed.
-            unsafe {
-                libc::madvise(buf.start.as_ptr().cast(), len - len % HUGE_PAGE_BYTES, libc::MADV_HUGEPAGE);
-            }
+        // SAFETY: the range is whole pages inside our own mapping, and the advice changes no contents. A refusal (a kernel
+        // without huge pages) is harmless, so its result is not needed.
+        unsafe {
+            libc::madvise(buf.start.as_ptr().cast(), len - len % HUGE_PAGE_BYTES, libc::MADV_HUGEPAGE);
         }
         Ok(buf)
     }

@@ -145,28 +145,39 @@ pub(crate) fn narrow_into(dtype: Dtype, values: &[f32], out: &mut [u8]) {
     }
 }
 
-/// Rows that own their storage, cache-line aligned; growing reallocates, shrinking does not.
+/// Sizes that a [`RowBuf`] takes between two looks at whether all of them had done with less: a second of a busy node.
+const SIZES: u32 = 4096;
+
+/// Rows that own their storage, cache-line aligned. Growing reallocates; shrinking does once a burst is long over, so that
+/// nobody's memory is that of the largest batch it ever saw.
 #[derive(Debug)]
 pub struct RowBuf {
     dtype: Dtype,
     cols: usize,
     rows: usize,
     storage: AlignedBuf,
+    /// Sizes taken since the last look.
+    sizes: u32,
+    /// The largest of them, bytes.
+    most: usize,
 }
 
 impl RowBuf {
     /// `rows` zero rows.
     pub fn new(dtype: Dtype, rows: usize, cols: usize) -> Result<RowBuf, KernelError> {
-        let storage = AlignedBuf::zeroed(Self::size(dtype, rows, cols)?)?;
-        Ok(RowBuf { dtype, cols, rows, storage })
+        let most = Self::size(dtype, rows, cols)?;
+        Ok(RowBuf { dtype, cols, rows, storage: AlignedBuf::passing(most)?, sizes: 0, most })
     }
 
     /// Makes it `rows` x `cols`. What the elements hold afterwards is unspecified.
     pub fn resize(&mut self, rows: usize, cols: usize) -> Result<(), KernelError> {
         let bytes = Self::size(self.dtype, rows, cols)?;
-        if bytes > self.storage.len() {
-            self.storage = AlignedBuf::zeroed(bytes)?;
+        let (most, look) = (self.most.max(bytes), self.sizes >= SIZES);
+        // A quarter more than was needed is not worth the change.
+        if bytes > self.storage.len() || look && self.storage.len() > most + most / 4 {
+            self.storage = AlignedBuf::passing(most)?;
         }
+        (self.sizes, self.most) = if look { (0, bytes) } else { (self.sizes + 1, most) };
         (self.rows, self.cols) = (rows, cols);
         Ok(())
     }
@@ -222,6 +233,29 @@ mod tests {
         buf.resize(0, 7).unwrap();
         assert_eq!(buf.as_rows().rows(), 0);
         assert!(buf.resize(usize::MAX, 2).is_err());
+    }
+
+    #[test]
+    fn what_a_burst_needed_goes_back_once_many_have_done_with_less() {
+        let mut buf = RowBuf::new(Dtype::Bf16, 0, 64).unwrap();
+        let mut held = |rows: usize, times: u32| {
+            (0..times).for_each(|_| buf.resize(rows, 64).unwrap());
+            buf.storage.len()
+        };
+        let (few, many) = (held(10, 1), held(1000, 1));
+        assert_eq!((few, many), (10 * 128, 1000 * 128));
+        assert_eq!(held(10, SIZES), many, "it may come again soon");
+        assert_eq!(held(10, SIZES + 1), few);
+        assert_eq!(held(9, 2 * SIZES + 2), few, "a little more than is needed stays");
+    }
+
+    #[test]
+    fn memory_that_cannot_be_had_changes_nothing() {
+        let mut buf = RowBuf::new(Dtype::Bf16, 3, 64).unwrap();
+        assert!(buf.resize(1 << 54, 64).is_err());
+        assert_eq!((buf.rows(), buf.as_rows().bytes.len()), (3, 3 * 128));
+        buf.resize(4, 64).unwrap();
+        assert_eq!(buf.storage.len(), 4 * 128);
     }
 
     #[test]

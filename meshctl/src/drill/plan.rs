@@ -17,9 +17,9 @@ use crate::cli::{Dtype, Transport};
 /// Largest plan file.
 pub const PLAN_BYTES_MAX: u64 = 1 << 20;
 /// Most requests of the undisturbed run.
-pub const REQUESTS_MAX: u64 = 200_000;
+pub const REQUESTS_MAX: u64 = 400_000;
 /// Most output tokens of a run: each is kept with its time, some 20 bytes.
-pub const TOKENS_MAX: u64 = 20_000_000;
+pub const TOKENS_MAX: u64 = 40_000_000;
 /// How long the undisturbed run, a request and all waits of the phases may be asked to take.
 pub const DURATION_MAX: Duration = Duration::from_secs(4 * 3600);
 /// Most nodes of a kind.

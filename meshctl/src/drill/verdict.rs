@@ -87,6 +87,7 @@ fn flat(expect: &Expect, processes: &[Usage], violated: &mut impl FnMut(&'static
 
 #[cfg(test)]
 mod tests {
+    use super::super::watch::Columns;
     use super::*;
     use crate::drill::compare::Comparison;
     use crate::drill::measure::Throughput;
@@ -114,6 +115,7 @@ mod tests {
             own_end: i64::try_from(resident_end).unwrap(),
             handles_settled: 12,
             handles_end,
+            samples: Columns::default(),
         };
         let with = |expect: &Expect, last| {
             violated(expect.clone(), move |report| report.processes = vec![usage(1000, 12), last])

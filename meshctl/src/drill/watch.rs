@@ -19,6 +19,8 @@ pub struct Sample {
     pub at: Duration,
     /// Resident memory, bytes.
     pub resident: u64,
+    /// Those of it that are pages of files and of shared memory: programs, mapped weights, frames between processes.
+    pub mapped: u64,
     /// Bytes that its work put into its memory: experts, which come and go with views, and KV pages, of which the most were
     /// written when the most sequences met.
     pub work: u64,
@@ -55,10 +57,10 @@ impl Watch {
         self.next = at + EVERY;
         for (who, pid, work) in processes {
             // One that has just ended has nothing left to be read.
-            let Some((resident, handles)) = usage(pid) else { continue };
+            let Some((resident, mapped, handles)) = usage(pid) else { continue };
             let watched = self.processes.entry(pid);
             let watched = watched.or_insert_with(|| Watched { who: who.to_owned(), pid, samples: Vec::new() });
-            watched.samples.push(Sample { at, resident, work, handles });
+            watched.samples.push(Sample { at, resident, mapped, work, handles });
         }
     }
 
@@ -68,16 +70,17 @@ impl Watch {
     }
 }
 
-/// Resident bytes and open files; `None` where there is no such process, or no /proc.
-fn usage(pid: u32) -> Option<(u64, u64)> {
+/// Resident bytes, those of them that are mapped, and open files; `None` where there is no such process, or no /proc.
+fn usage(pid: u32) -> Option<(u64, u64, u64)> {
     let status = std::fs::read_to_string(format!("/proc/{pid}/status")).ok()?;
     let handles = std::fs::read_dir(format!("/proc/{pid}/fd")).ok()?.count();
-    Some((resident(&status)?, handles as u64))
+    let mapped = bytes(&status, "RssFile:")?.checked_add(bytes(&status, "RssShmem:")?)?;
+    Some((bytes(&status, "VmRSS:")?, mapped, handles as u64))
 }
 
-/// `VmRSS` of /proc/PID/status, in bytes.
-fn resident(status: &str) -> Option<u64> {
-    let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:"))?;
+/// A size of /proc/PID/status, in bytes.
+fn bytes(status: &str, key: &str) -> Option<u64> {
+    let line = status.lines().find_map(|line| line.strip_prefix(key))?;
     let kib: u64 = line.trim().strip_suffix("kB")?.trim().parse().ok()?;
     kib.checked_mul(1024)
 }
@@ -107,6 +110,36 @@ pub struct Usage {
     pub handles_settled: u64,
     /// In the end.
     pub handles_end: u64,
+    /// All that was seen of it, for who asks when it grew, and in what.
+    pub samples: Columns,
+}
+
+/// Samples of one process as columns of equal length, in order of time.
+#[derive(Clone, Debug, Default, PartialEq, Serialize)]
+pub struct Columns {
+    /// [`Sample::at`], seconds.
+    pub at_s: Vec<f64>,
+    /// [`Sample::resident`].
+    pub resident: Vec<u64>,
+    /// [`Sample::mapped`].
+    pub mapped: Vec<u64>,
+    /// [`Sample::work`].
+    pub work: Vec<u64>,
+    /// [`Sample::handles`].
+    pub handles: Vec<u64>,
+}
+
+impl Columns {
+    fn of(samples: &[Sample]) -> Self {
+        Self {
+            // A thousandth of a second is more than enough of what is looked at once a second.
+            at_s: samples.iter().map(|s| (s.at.as_secs_f64() * 1e3).round() / 1e3).collect(),
+            resident: samples.iter().map(|s| s.resident).collect(),
+            mapped: samples.iter().map(|s| s.mapped).collect(),
+            work: samples.iter().map(|s| s.work).collect(),
+            handles: samples.iter().map(|s| s.handles).collect(),
+        }
+    }
 }
 
 impl Sample {
@@ -151,6 +184,7 @@ fn usage_of(process: &Watched, settle: Duration) -> Option<Usage> {
         own_end: end.own,
         handles_settled: settled.handles,
         handles_end: end.handles,
+        samples: Columns::of(&process.samples),
     })
 }
 
@@ -185,7 +219,7 @@ mod tests {
     use super::*;
 
     fn process(seconds: u64, resident: impl Fn(u64) -> u64, handles: impl Fn(u64) -> u64) -> Watched {
-        let sample = |s| Sample { at: Duration::from_secs(s), resident: resident(s), work: 0, handles: handles(s) };
+        let sample = |s| Sample { at: Duration::from_secs(s), resident: resident(s), mapped: 0, work: 0, handles: handles(s) };
         Watched { who: "router".to_owned(), pid: 7, samples: (10..=10 + seconds).map(sample).collect() }
     }
 
@@ -195,6 +229,8 @@ mod tests {
         let found = usages(&[flat], Duration::from_secs(20));
         assert_eq!((found[0].growth(), found[0].handles_settled, found[0].handles_end), (0.0, 9, 9));
         assert_eq!((found[0].who.as_str(), found[0].watched_s), ("router", 100.0));
+        let all = &found[0].samples;
+        assert_eq!((all.at_s.len(), all.at_s[1], all.resident[1], all.resident[100]), (101, 11.0, 11, 1000));
     }
 
     #[test]
@@ -245,7 +281,9 @@ mod tests {
         let seen = watch.end();
         assert_eq!((seen.len(), seen[0].samples.len()), (1, 2), "once a second");
         assert!(seen[0].samples.iter().all(|s| s.resident > 1 << 20 && s.handles >= 3), "{seen:?}");
-        assert_eq!(resident("VmPeak:\t 9 kB\nVmRSS:\t     12 kB\n"), Some(12 * 1024));
-        assert_eq!(resident("VmRSS:\t 12 MB\n"), None);
+        // Its program is mapped, its heap is not.
+        assert!(seen[0].samples.iter().all(|s| s.mapped > 1 << 16 && s.mapped < s.resident), "{seen:?}");
+        assert_eq!(bytes("VmPeak:\t 9 kB\nVmRSS:\t     12 kB\n", "VmRSS:"), Some(12 * 1024));
+        assert_eq!(bytes("VmRSS:\t 12 MB\n", "VmRSS:"), None);
     }
 }
