@@ -219,7 +219,8 @@ mod tests {
     use super::*;
 
     fn process(seconds: u64, resident: impl Fn(u64) -> u64, handles: impl Fn(u64) -> u64) -> Watched {
-        let sample = |s| Sample { at: Duration::from_secs(s), resident: resident(s), mapped: 0, work: 0, handles: handles(s) };
+        let sample =
+            |s| Sample { at: Duration::from_secs(s), resident: resident(s), mapped: 0, work: 0, handles: handles(s) };
         Watched { who: "router".to_owned(), pid: 7, samples: (10..=10 + seconds).map(sample).collect() }
     }
 
