@@ -467,7 +467,7 @@ pub(super) mod tests {
             ("streams = 0\nrequests = 1", &["load.streams", "1 to 4096"]),
             ("streams = 1", &["load", "`requests`", "`duration`"]),
             ("streams = 1\nrequests = 1\nduration = 1", &["load", "one of"]),
-            ("streams = 4000\nrequests = 200000", &["load.requests", "at most 200000"]),
+            ("streams = 4000\nrequests = 400000", &["load.requests", "at most 400000"]),
             ("streams = 1\nduration = 1e9", &["load.duration", "14400"]),
             ("streams = 1\nrequests = 1\nsampled = 2", &["load.sampled"]),
         ];
@@ -484,7 +484,7 @@ pub(super) mod tests {
     #[test]
     fn runs_are_bounded_by_what_is_kept_of_them() {
         let plan = parse("[load]\nstreams = 1\nduration = 1\nprompt_tokens = 4\noutput_tokens = 1000\n").unwrap();
-        assert_eq!(plan.load.sent_max(), 20_000);
+        assert_eq!(plan.load.sent_max(), 40_000);
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("large.toml");
         std::fs::write(&path, "#".repeat(PLAN_BYTES_MAX as usize + 1)).unwrap();
