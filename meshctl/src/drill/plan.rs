@@ -18,7 +18,7 @@ use crate::cli::{Dtype, Transport};
 pub const PLAN_BYTES_MAX: u64 = 1 << 20;
 /// Most requests of the undisturbed run.
 pub const REQUESTS_MAX: u64 = 400_000;
-/// Most output tokens of a run: each is kept with its time, some 20 bytes.
+/// Most output tokens of a run: each is kept with its time, 20 to 40 bytes, so that all take 1.6 GB at most.
 pub const TOKENS_MAX: u64 = 40_000_000;
 /// How long the undisturbed run, a request and all waits of the phases may be asked to take.
 pub const DURATION_MAX: Duration = Duration::from_secs(4 * 3600);
