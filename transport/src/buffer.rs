@@ -32,7 +32,7 @@ enum Memory {
     Shared(Box<dyn Shared>),
 }
 
-/// Memory that other processes of this host can read where it is.
+/// Memory of one body that other processes of this host can read where it is.
 pub trait Shared: DerefMut<Target = [u8]> + Send + Sync {
     /// What they find it by.
     fn key(&self) -> &[u8];
@@ -44,8 +44,9 @@ pub trait Shared: DerefMut<Target = [u8]> + Send + Sync {
     fn take_back(&self);
 }
 
-/// Makes shared memory of so many bytes, aligned to [`BODY_ALIGN`], if there is any to be had.
-pub type MakeShared = Box<dyn Fn(usize) -> Option<Box<dyn Shared>> + Send + Sync>;
+/// Shared memory of so many bytes, aligned to [`BODY_ALIGN`], if there is any to be had. It goes back where it came from when it
+/// is dropped: how much there is at once is bounded there, not by the window.
+pub type TakeShared = Box<dyn Fn(usize) -> Option<Box<dyn Shared>> + Send + Sync>;
 
 impl Memory {
     /// Of 64 << `class` bytes.
@@ -58,10 +59,6 @@ impl Memory {
 
     fn empty() -> Self {
         Memory::Allocated(Box::default())
-    }
-
-    fn is_shared(&self) -> bool {
-        matches!(self, Memory::Shared(_))
     }
 }
 
@@ -108,13 +105,9 @@ enum Use {
 struct State {
     sending: usize,
     receiving: usize,
-    /// Bodies that peers read where they are: beyond the window, at most as many as are shared.
-    lent: usize,
-    /// By size class: `free[c]` holds bodies of `64 << c` bytes; behind those, in the same order, the shared ones.
+    /// By size class: `free[c]` holds bodies of `64 << c` bytes.
     free: Vec<Free>,
     free_count: usize,
-    /// Bodies in shared memory, in use or free.
-    shared: usize,
     /// Bodies taken since the last look at what is spare.
     taken: usize,
     /// Whether somebody found the window full and waits for the waker.
@@ -127,7 +120,7 @@ pub struct Window {
     body_bytes_max: usize,
     state: Mutex<State>,
     waker: OnceLock<Arc<dyn Wake>>,
-    make_shared: OnceLock<MakeShared>,
+    take_shared: OnceLock<TakeShared>,
 }
 
 impl Window {
@@ -135,26 +128,21 @@ impl Window {
     /// Memory is taken as it is first needed.
     pub fn new(bodies_max: usize, body_bytes_max: usize) -> Arc<Self> {
         let classes = size_class(body_bytes_max) + 1;
-        let state = State { free: (0..2 * classes).map(|_| Free::default()).collect(), ..State::default() };
+        let state = State { free: (0..classes).map(|_| Free::default()).collect(), ..State::default() };
         Arc::new(Self {
             bodies_max: bodies_max.max(2),
             body_bytes_max,
             state: Mutex::new(state),
             waker: OnceLock::new(),
-            make_shared: OnceLock::new(),
+            take_shared: OnceLock::new(),
         })
     }
 
-    /// Larger bodies to build frames in are to be in shared memory from now on, as long as it can be had and at most
-    /// [`Self::shared_max`] are. Only the first call counts.
-    pub fn set_shared(&self, make: MakeShared) {
+    /// Larger bodies to build frames in are to be in shared memory from now on, as far as there is any. Only the first call
+    /// counts.
+    pub fn set_shared(&self, take: TakeShared) {
         // As with the waker.
-        let _ = self.make_shared.set(make);
-    }
-
-    /// Bodies in shared memory, at most: a quarter of all.
-    pub fn shared_max(&self) -> usize {
-        self.bodies_max / 4
+        let _ = self.take_shared.set(take);
     }
 
     /// Whom to wake when a body comes back after the window was found full. Only the first call counts.
@@ -203,8 +191,9 @@ impl Window {
             return Err(TransportError::BodyTooLarge { bytes, max: self.body_bytes_max });
         }
         let class = size_class(bytes);
+        let shared = if used == Use::Send { self.shared(class, bytes) } else { None };
         let mut unneeded = Vec::new();
-        let (recycled, make) = {
+        let recycled = {
             let mut guard = self.lock();
             let state = &mut *guard;
             let mine = if used == Use::Send { state.sending } else { state.receiving };
@@ -214,15 +203,7 @@ impl Window {
                 return Err(TransportError::WindowFull { bodies: self.bodies_max });
             }
             *(if used == Use::Send { &mut state.sending } else { &mut state.receiving }) += 1;
-            let can_share =
-                used == Use::Send && BODY_ALIGN << class >= MAPPED_BYTES && self.make_shared.get().is_some();
-            let shared = state.free.len() / 2 + class;
-            let mut recycled = if can_share { state.free[shared].take() } else { None };
-            let make = can_share && recycled.is_none() && state.shared < self.shared_max();
-            state.shared += usize::from(make);
-            if recycled.is_none() && !make {
-                recycled = state.free[class].take();
-            }
+            let recycled = if shared.is_none() { state.free[class].take() } else { None };
             if recycled.is_none() && state.sending + state.receiving + state.free_count > self.bodies_max {
                 // All memory is in other classes: give the largest back, so that the window's bound holds in bytes too.
                 unneeded.extend(state.free.iter_mut().rev().find_map(Free::take));
@@ -233,37 +214,37 @@ impl Window {
                 state.free.iter_mut().for_each(|free| free.trim(&mut unneeded));
             }
             state.free_count -= usize::from(recycled.is_some()) + unneeded.len();
-            state.shared -= unneeded.iter().filter(|memory| memory.is_shared()).count();
-            (recycled, make)
+            recycled
         };
         // Unmapped while nobody waits for the lock.
         drop(unneeded);
-        let memory = recycled.unwrap_or_else(|| if make { self.new_shared(class) } else { Memory::new(class) });
+        let memory = shared.map(Memory::Shared).or(recycled).unwrap_or_else(|| Memory::new(class));
         Ok(FrameBuf { memory, len: bytes, window: Some(Arc::clone(self)), used })
     }
 
-    /// Shared memory, which is counted already; other memory where there is none.
-    fn new_shared(&self, class: usize) -> Memory {
-        let made = self.make_shared.get().and_then(|make| make(BODY_ALIGN << class));
-        made.map_or_else(
-            || {
-                self.lock().shared -= 1;
-                Memory::new(class)
-            },
-            Memory::Shared,
-        )
+    /// Shared memory for a body that is worth it, if there is any left.
+    fn shared(&self, class: usize, bytes: usize) -> Option<Box<dyn Shared>> {
+        let take = self.take_shared.get().filter(|_| BODY_ALIGN << class >= MAPPED_BYTES)?;
+        take(bytes)
     }
 
     fn give_back(&self, memory: Memory, used: Use) {
-        if let (Memory::Shared(memory), Use::Lent) = (&memory, used) {
-            memory.take_back();
-        }
+        let own = match memory {
+            Memory::Shared(shared) => {
+                if used == Use::Lent {
+                    shared.take_back();
+                }
+                None
+            }
+            own => Some(own),
+        };
         let starved = {
             let mut state = self.lock();
             state.end(used);
-            let class = size_class(memory.len()) + if memory.is_shared() { state.free.len() / 2 } else { 0 };
-            state.free[class].bodies.push(memory);
-            state.free_count += 1;
+            if let Some(memory) = own {
+                state.free[size_class(memory.len())].bodies.push(memory);
+                state.free_count += 1;
+            }
             std::mem::take(&mut state.starved)
         };
         self.wake_if(starved);
@@ -274,7 +255,6 @@ impl Window {
         let starved = {
             let mut state = self.lock();
             state.end(Use::Send);
-            state.lent += 1;
             std::mem::take(&mut state.starved)
         };
         self.wake_if(starved);
@@ -288,13 +268,13 @@ impl Window {
 }
 
 impl State {
-    /// A body is no longer in use.
+    /// A body is no longer in use. One that is lent is beyond the window.
     fn end(&mut self, used: Use) {
-        *(match used {
-            Use::Send => &mut self.sending,
-            Use::Receive => &mut self.receiving,
-            Use::Lent => &mut self.lent,
-        }) -= 1;
+        match used {
+            Use::Send => self.sending -= 1,
+            Use::Receive => self.receiving -= 1,
+            Use::Lent => {}
+        }
     }
 }
 
@@ -453,7 +433,8 @@ mod tests {
         assert_eq!(free(), 1, "other bodies are looked at as well");
     }
 
-    struct Remembered(Box<[Block]>);
+    /// Counts how many there are.
+    struct Remembered(Box<[Block]>, Arc<AtomicUsize>);
 
     impl Deref for Remembered {
         type Target = [u8];
@@ -468,6 +449,12 @@ mod tests {
         }
     }
 
+    impl Drop for Remembered {
+        fn drop(&mut self) {
+            self.1.fetch_sub(1, Ordering::Relaxed);
+        }
+    }
+
     impl Shared for Remembered {
         fn key(&self) -> &[u8] {
             b"key"
@@ -476,42 +463,45 @@ mod tests {
         fn take_back(&self) {}
     }
 
+    /// Shared memory for `max` bodies, and how many there are.
+    fn remembered(max: usize) -> (TakeShared, Arc<AtomicUsize>) {
+        let count = Arc::new(AtomicUsize::new(0));
+        let counted = Arc::clone(&count);
+        let take = move |bytes: usize| {
+            if counted.load(Ordering::Relaxed) >= max {
+                return None;
+            }
+            counted.fetch_add(1, Ordering::Relaxed);
+            let blocks = bytemuck::zeroed_slice_box(bytes.div_ceil(BODY_ALIGN));
+            Some(Box::new(Remembered(blocks, Arc::clone(&counted))) as Box<dyn Shared>)
+        };
+        (Box::new(take), count)
+    }
+
     #[test]
-    fn larger_bodies_to_send_are_in_shared_memory_up_to_a_quarter_of_all() {
+    fn larger_bodies_to_send_are_in_shared_memory_as_far_as_there_is_any() {
         let window = Window::new(16, 1 << 20);
         let before = window.take(70_000).unwrap();
         assert!(before.key().is_none(), "there is none yet");
-        window.set_shared(Box::new(|bytes| Some(Box::new(Remembered(bytemuck::zeroed_slice_box(bytes / BODY_ALIGN))))));
+        let (take, there_are) = remembered(4);
+        window.set_shared(take);
         assert!(window.take(8192).unwrap().key().is_none(), "it is small");
         assert!(window.take_received(70_000).unwrap().key().is_none(), "nobody else reads it");
         let bodies: Vec<_> = (0..6).map(|_| window.take(70_000).unwrap()).collect();
-        assert_eq!(bodies.iter().filter(|body| body.key().is_some()).count(), window.shared_max());
-        assert_eq!(window.shared_max(), 4);
+        assert_eq!(bodies.iter().filter(|body| body.key().is_some()).count(), 4);
+        assert!(bodies.iter().all(|body| body.len() == 70_000));
         drop((before, bodies));
+        assert_eq!((window.in_use(), there_are.load(Ordering::Relaxed)), (0, 0), "the window keeps none");
         let mut lent = window.take(70_000).unwrap();
         lent.lend(7);
         let others: Vec<_> = (0..12).map(|_| window.take(70_000).unwrap()).collect();
         assert_eq!(window.in_use(), 12, "what is lent takes no room");
-        drop((lent, others));
-        assert_eq!((window.in_use(), window.lock().lent), (0, 0));
-        for bytes in [70_000, 500_000, 70_000] {
-            assert_eq!(
-                window.take(bytes).unwrap().key().is_some(),
-                bytes == 70_000,
-                "all there may be are of another size"
-            );
-        }
-        (0..2 * TRIM_EVERY).for_each(|_| drop(window.take(64).unwrap()));
-        assert!(window.take(500_000).unwrap().key().is_some(), "those were not needed");
-    }
-
-    #[test]
-    fn where_no_memory_can_be_shared_bodies_are_as_without() {
-        let window = Window::new(16, 1 << 20);
-        window.set_shared(Box::new(|_| None));
-        let bodies: Vec<_> = (0..6).map(|_| window.take(70_000).unwrap()).collect();
-        assert!(bodies.iter().all(|body| body.key().is_none() && body.len() == 70_000));
-        assert_eq!(window.lock().shared, 0);
+        assert!(matches!(window.take(70_000), Err(TransportError::WindowFull { .. })));
+        assert_eq!(there_are.load(Ordering::Relaxed), 4);
+        drop(others);
+        assert!(matches!(window.take(70_000), Ok(body) if body.key().is_some()));
+        drop(lent);
+        assert_eq!((window.in_use(), there_are.load(Ordering::Relaxed)), (0, 0));
     }
 
     #[test]

@@ -114,9 +114,6 @@ impl UcxTransport {
         let waker = Waker::new().map_err(|source| TransportError::Io { what: "make an event descriptor", source })?;
         window.set_waker(waker.clone());
         let queues = Queues::open(options, &window, &limits).map_err(unavailable)?;
-        if queues.sentinel.is_some() {
-            window.set_shared(lend::maker(Arc::clone(queues.worker.context())));
-        }
         let door = Door::new(listener, credentials, &limits, queues.addresses.clone())?;
         Ok(Self {
             channels: (0..limits.channels_max).map(|_| None).collect(),
@@ -143,7 +140,11 @@ impl UcxTransport {
     fn enter(&mut self, entered: Entered) -> Result<(ChannelId, Identity), TransportError> {
         let Entered { stream, token, identity, theirs, same_host, address, name } = entered;
         self.queues.worker.inbox().admit(token);
-        let part_bytes = if same_host && self.queues.sentinel.is_some() { SHARED_PART_BYTES } else { usize::MAX };
+        let shares = same_host && self.queues.sentinel.is_some();
+        let part_bytes = if shares { SHARED_PART_BYTES } else { usize::MAX };
+        if shares {
+            self.window.set_shared(lend::taker(Arc::clone(self.queues.worker.context())));
+        }
         let endpoint = match self.queues.worker.connect(&address, part_bytes) {
             Ok(endpoint) => endpoint,
             Err(error) => {
