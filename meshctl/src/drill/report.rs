@@ -285,23 +285,29 @@ impl Report {
         let settled = format!("MB at {settle_s:.0} s");
         writeln!(
             text,
-            "  {:<14} {:>8} {:>9} {settled:>12} {:>10} {:>16} {:>8}  handles",
+            "  {:<14} {:>8} {:>9} {settled:>12} {:>10} {:>28} {:>8}  handles",
             "process", "pid", "ran s", "in the end", "beside work", "growth"
         )?;
         for p in &self.processes {
             let mb = |bytes: f64| bytes / 1e6;
             writeln!(
                 text,
-                "  {:<14} {:>8} {:>9.0} {:>12.1} {:>10.1} {:>16} {:>6.1} %  {} to {}",
+                "  {:<14} {:>8} {:>9.0} {:>12.1} {:>10.1} {:>28} {:>6.1} %  {} to {}, at most {}",
                 p.who,
                 p.pid,
                 p.watched_s,
                 mb(p.resident_settled as f64),
                 mb(p.resident_end as f64),
-                format!("{:.2} to {:.2}", mb(p.own_settled as f64), mb(p.own_end as f64)),
+                format!(
+                    "{:.2} to {:.2}, at most {:.2}",
+                    mb(p.own_settled as f64),
+                    mb(p.own_end as f64),
+                    mb(p.own_most as f64)
+                ),
                 100.0 * p.growth(),
                 p.handles_settled,
-                p.handles_end
+                p.handles_end,
+                p.handles_most
             )?;
         }
         Ok(())

@@ -68,10 +68,9 @@ pub fn violations(expect: &Expect, report: &Report) -> Vec<Violation> {
 /// Whether processes use no more than when they had settled.
 fn flat(expect: &Expect, processes: &[Usage], violated: &mut impl FnMut(&'static str, String)) {
     type Growth = fn(&Usage) -> f64;
-    let handles: Growth = |process| process.handles_end as f64 - process.handles_settled as f64;
     let growths: [(_, _, Growth); 2] = [
         ("memory_growth_max", expect.memory_growth_max, Usage::growth),
-        ("handles_growth_max", expect.handles_growth_max, handles),
+        ("handles_growth_max", expect.handles_growth_max, Usage::handles_growth),
     ];
     for (key, wanted, growth) in growths {
         let Some(wanted) = wanted else { continue };
@@ -113,8 +112,10 @@ mod tests {
             work_end: 0,
             own_settled: 1000,
             own_end: i64::try_from(resident_end).unwrap(),
+            own_most: i64::try_from(resident_end).unwrap(),
             handles_settled: 12,
             handles_end,
+            handles_most: handles_end,
             samples: Columns::default(),
         };
         let with = |expect: &Expect, last| {

@@ -7,7 +7,7 @@ use serde::Serialize;
 
 /// How often the processes are looked at.
 pub const EVERY: Duration = Duration::from_secs(1);
-/// Parts of the time after settling; the first is compared with the last.
+/// Parts of the time after settling; the first is compared with each of the others.
 const PARTS: u32 = 4;
 /// Samples that a part has at least: fewer say nothing of a median.
 const PART_MIN: usize = 5;
@@ -85,7 +85,8 @@ fn bytes(status: &str, key: &str) -> Option<u64> {
     kib.checked_mul(1024)
 }
 
-/// What a process had when it had settled, and in the end: medians over the first and the last quarter of the time between.
+/// What a process had when it had settled, in the end, and at the most: medians over the first quarter of the time between, the last,
+/// and whichever later one had the most.
 #[derive(Clone, Debug, PartialEq, Serialize)]
 pub struct Usage {
     /// The node's name.
@@ -106,10 +107,14 @@ pub struct Usage {
     pub own_settled: i64,
     /// In the end.
     pub own_end: i64,
+    /// At the most.
+    pub own_most: i64,
     /// Open files when it had settled.
     pub handles_settled: u64,
     /// In the end.
     pub handles_end: u64,
+    /// At the most.
+    pub handles_most: u64,
     /// All that was seen of it, for who asks when it grew, and in what.
     pub samples: Columns,
 }
@@ -150,10 +155,15 @@ impl Sample {
 }
 
 impl Usage {
-    /// What memory grew by, beside the experts that views gave or took and the KV pages that were first written, as a share of
-    /// all that it was; below 0 if it shrank.
+    /// What memory grew by at the most, beside the experts that views gave or took and the KV pages that were first written, as a
+    /// share of all that it was; below 0 if it shrank.
     pub fn growth(&self) -> f64 {
-        (self.own_end - self.own_settled) as f64 / self.resident_settled.max(1) as f64
+        (self.own_most - self.own_settled) as f64 / self.resident_settled.max(1) as f64
+    }
+
+    /// How many more files were open at the most.
+    pub fn handles_growth(&self) -> f64 {
+        self.handles_most as f64 - self.handles_settled as f64
     }
 }
 
@@ -168,8 +178,11 @@ fn usage_of(process: &Watched, settle: Duration) -> Option<Usage> {
     let within = |from: Duration, to: Duration| -> Vec<&Sample> {
         process.samples.iter().filter(|s| (from..=to).contains(&s.at)).collect()
     };
-    let settled = Medians::of(&within(first + settle, first + settle + part))?;
-    let end = Medians::of(&within(last.saturating_sub(part), last))?;
+    let begin = |of: u32| first + settle + part * of;
+    let settled = Medians::of(&within(begin(0), begin(1)))?;
+    let later: Option<Vec<Medians>> = (1..PARTS).map(|of| Medians::of(&within(begin(of), begin(of + 1)))).collect();
+    let later = later?;
+    let end = later.last()?;
     let watched_s = (last - first).as_secs_f64();
     let (who, pid) = (process.who.clone(), process.pid);
     Some(Usage {
@@ -182,8 +195,10 @@ fn usage_of(process: &Watched, settle: Duration) -> Option<Usage> {
         work_end: end.work,
         own_settled: settled.own,
         own_end: end.own,
+        own_most: later.iter().map(|part| part.own).max()?,
         handles_settled: settled.handles,
         handles_end: end.handles,
+        handles_most: later.iter().map(|part| part.handles).max()?,
         samples: Columns::of(&process.samples),
     })
 }
@@ -240,7 +255,10 @@ mod tests {
         let found = usages(&[leak], Duration::from_secs(20));
         // From 30 to 50 s, and from 90 to 110.
         assert_eq!((found[0].resident_settled, found[0].resident_end), (1400, 2000));
-        assert_eq!((found[0].handles_settled, found[0].handles_end), (4, 10));
+        assert_eq!((found[0].handles_settled, found[0].handles_end, found[0].handles_growth()), (4, 10, 6.0));
+        let hill = process(100, |s| if (50..=70).contains(&s) { 1500 } else { 1000 }, |s| u64::from(s / 20 == 3));
+        let found = usages(&[hill], Duration::from_secs(20));
+        assert_eq!((found[0].growth(), found[0].handles_growth()), (0.5, 1.0), "what is gone in the end counts too");
         let peak = process(100, |s| if s % 20 == 0 { 9000 } else { 1000 }, |_| 1);
         assert_eq!(usages(&[peak], Duration::from_secs(20))[0].growth(), 0.0);
     }
