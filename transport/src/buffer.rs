@@ -25,7 +25,7 @@ const MAPPED_BYTES: usize = 16 << 10;
 /// Bodies taken between two looks at which of those that are free were not needed: some seconds of a busy node.
 const TRIM_EVERY: usize = 16 << 10;
 
-/// The memory of a body: all of its size class.
+/// The memory of a body: all of its size class, or, shared, as many bytes as it has.
 enum Memory {
     Allocated(Box<[Block]>),
     Mapped(MmapMut),
