@@ -24,8 +24,9 @@ use crate::process::{LogSink, Process, Ready};
 
 /// How often the router is asked whether the mesh serves.
 const SERVING_POLL: Duration = Duration::from_millis(50);
-/// How long a killed process may take to be gone: the kernel's work, not its own.
-const KILL_MAX: Duration = Duration::from_secs(10);
+/// How long a killed process may take to be gone: the kernel's work, not its own. It needs locks of every file that the process
+/// had mapped, which a thread of the kernel may hold that waits for a processor: 17 s were seen (docs/OPERATING.md).
+const KILL_MAX: Duration = Duration::from_secs(60);
 
 /// Where attention nodes find the faults that they are to make.
 const FAULTS_ENV: &str = "MESH_FAULTS";
