@@ -15,8 +15,10 @@ use tokio::process::Command;
 const IDLE_WATCH: Duration = Duration::from_secs(8);
 /// How many times a thread that does nothing wakes meanwhile: as often as a node's.
 const IDLE_TICKS: u32 = 50;
-/// How many times the threads of an idle mesh of eight processes may run meanwhile: three times what they do.
-const IDLE_TIMES: u64 = 1300;
+/// What a wake for nothing takes at most on a machine on which the time of an idle mesh can be judged.
+const WARM_TICK: Duration = Duration::from_micros(50);
+/// How many times the threads of an idle mesh of eight processes may run meanwhile: twice what they do.
+const IDLE_TIMES: u64 = 1000;
 
 async fn meshctl(args: &[&str]) -> (i32, String, String) {
     let output = soon("meshctl", Command::new(binary("meshctl")).args(args).kill_on_drop(true).output()).await;
@@ -248,9 +250,9 @@ fn all_ran(pids: &[u32]) -> HashMap<PathBuf, Ran> {
     folders.filter_map(|folder| Ran::of(&folder).map(|ran| (folder, ran))).collect()
 }
 
-/// What waking this thread took, for nothing but a timer, while the mesh was watched: some twenty microseconds a time, but
-/// up to a millisecond on a virtual machine whose host lets it get cold. A mesh that wakes few times for little is at rest
-/// there too, so an idle mesh may take five times as much for each time that it wakes, or 1 % of a processor.
+/// What waking this thread took, for nothing but a timer, while the mesh was watched. Where a host lets its guests get so
+/// cold that it is a millisecond, 1 % of a processor is a few wakes of a whole mesh: there the test says that it can bound
+/// only how often the mesh wakes, and that no thread of it stays awake.
 async fn ticked() -> Ran {
     let me = Path::new("/proc/thread-self");
     let before = Ran::of(me).expect("this thread runs");
@@ -276,11 +278,18 @@ async fn rests(transport: Transport) {
         Ran { time: sum.time + ran.time, times: sum.times + ran.times }
     });
     let tick = tick.time / IDLE_TICKS;
-    let bound = (IDLE_WATCH / 100).max(tick * u32::try_from(used.times).expect("a few times") * 5);
+    let percent = IDLE_WATCH / 100;
+    let wakes = u32::try_from(used.times).expect("a few times");
+    let bound = if tick > WARM_TICK { tick * wakes * 10 } else { percent };
     let (Ran { time, times }, over) = (used, transport.flag());
     eprintln!("idle over {over}: {time:?} in {IDLE_WATCH:?}, bound {bound:?}; {times} times, a tick takes {tick:?}");
     assert!(times < IDLE_TIMES, "threads of an idle mesh of {} processes ran {times} times", pids.len());
     assert!(time < bound, "an idle mesh of {} processes took {time:?}, the bound is {bound:?}", pids.len());
+    if time >= percent {
+        eprintln!(
+            "NOT RUN: idle mesh over {over} within 1 % of a processor: waking for nothing takes {tick:?} on this machine"
+        );
+    }
 }
 
 #[tokio::test]
