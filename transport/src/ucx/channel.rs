@@ -81,6 +81,8 @@ pub struct Outgoing {
     waiting: VecDeque<([u8; HEADER_BYTES], FrameBuf)>,
     /// Frames whose bodies the peer reads where they are, in their order.
     lent: VecDeque<Sending>,
+    /// The number of the first frame that was lent.
+    first_lent: Option<u64>,
     /// Whether the peer could read all that was lent to it so far.
     reachable: bool,
     /// Frames that it could not.
@@ -97,6 +99,7 @@ impl Outgoing {
             halted: false,
             waiting: VecDeque::new(),
             lent: VecDeque::new(),
+            first_lent: None,
             reachable: true,
             again: VecDeque::new(),
         }
@@ -155,8 +158,14 @@ impl Outgoing {
         self.reachable
     }
 
+    /// Whether the peer has read from our memory, and so has attached it.
+    pub fn is_memory_known(&self) -> bool {
+        self.first_lent.is_some_and(|number| number < self.acked)
+    }
+
     /// Keeps a frame that was lent.
     pub fn keep(&mut self, frame: Sending) {
+        self.first_lent.get_or_insert(frame.prefix.number);
         self.lent.push_back(frame);
     }
 
@@ -416,7 +425,8 @@ mod tests {
             outgoing.keep(frame);
         }
         assert_eq!(window.in_use(), 4);
-        assert!(outgoing.acknowledge(3));
+        assert!(outgoing.acknowledge(0) && !outgoing.is_memory_known(), "it has read none of them");
+        assert!(outgoing.acknowledge(3) && outgoing.is_memory_known());
         assert_eq!(window.in_use(), 1);
         assert!(outgoing.acknowledge(4));
         assert_eq!(window.in_use(), 0);

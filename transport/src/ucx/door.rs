@@ -134,6 +134,11 @@ impl Door {
         std::mem::take(&mut self.turned_away)
     }
 
+    /// Whether there is something to look after even if no socket is ready.
+    pub fn has_business(&self) -> bool {
+        !self.guests.is_empty() || self.resting.is_some()
+    }
+
     /// Takes connections in and moves their handshakes on; those that are through.
     pub fn look(&mut self, inbox: &Inbox) -> Vec<Entered> {
         self.take_in(inbox);

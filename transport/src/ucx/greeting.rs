@@ -3,7 +3,7 @@
 use super::inbox::Token;
 
 /// Version of this blob; two nodes of different versions do not talk.
-const VERSION: u8 = 6;
+const VERSION: u8 = 7;
 /// Bytes before the worker's addresses.
 const FIXED_BYTES: usize = 1 + 16 + 8 + 2;
 /// The longest worker address that is accepted. UCX's grow with the number of network devices: 100 to 1000 bytes.

@@ -24,8 +24,9 @@ use crate::buffer::{BODY_ALIGN, Shared, TakeShared};
 /// Bytes of a key at most: where in the memory the body is, the memory's address and length, then what UCX packs, which for
 /// memory of one host is some thirty bytes.
 pub const KEY_BYTES_MAX: usize = 128;
-/// Bytes of a key that say where the body is.
-const PLACE_BYTES: usize = 8;
+/// Bytes of a key that say where the body is: the number of its first page. All that a peer needs that has attached the memory;
+/// with so few UCX writes a frame's message into a place of its queue, and a longer one beside it.
+pub const PLACE_BYTES: usize = 4;
 /// Bytes of what names the memory, before what UCX packs.
 const EXTENT_BYTES: usize = 16;
 /// Bytes of a stamp.
@@ -118,9 +119,8 @@ impl Region {
     fn take(self: &Arc<Self>, bytes: usize) -> Option<Body> {
         let count = bytes.div_ceil(PAGE_BYTES);
         let page = self.pages().take(count)?;
-        let at = page * PAGE_BYTES;
         let mut key = Vec::with_capacity(PLACE_BYTES + self.name.len());
-        key.extend_from_slice(&(at as u64).to_le_bytes());
+        key.extend_from_slice(&(page as u32).to_le_bytes());
         key.extend_from_slice(&self.name);
         Some(Body { region: Arc::clone(self), page, count, bytes, key })
     }
@@ -276,7 +276,7 @@ pub struct Borrowed(Option<Attached>);
 unsafe impl Send for Borrowed {}
 
 impl Borrowed {
-    /// Copies the beginning of the body in the memory that a peer's `key` names to `body`; what it holds counts only if the body
+    /// Copies the beginning of the body in the memory that a peer's `key` names, or else in the one that is attached, to `body`; what it holds counts only if the body
     /// was still lent to the channel that we call `ours` afterwards.
     ///
     /// # Errors
@@ -296,19 +296,18 @@ impl Borrowed {
         let Some((place, name)) = key.split_first_chunk::<PLACE_BYTES>() else {
             return Err(unfit("a key too short"));
         };
-        if self.0.as_ref().is_none_or(|attached| attached.name != name) {
+        if !name.is_empty() && self.0.as_ref().is_none_or(|attached| attached.name != name) {
             self.detach(ucp);
             // SAFETY: the caller's promise.
             self.0 = Some(unsafe { attach(ucp, endpoint, name) }?);
         }
-        let at = usize::try_from(u64::from_le_bytes(*place)).unwrap_or(usize::MAX);
-        let room = |attached: &&Attached| {
-            let end = at.saturating_add(body.len());
-            at >= PAGE_BYTES && at.is_multiple_of(PAGE_BYTES) && end <= attached.bytes
+        let Some(memory) = self.0.as_ref() else {
+            return Err(unfit("no memory is attached, and none is named"));
         };
-        let Some(memory) = self.0.as_ref().filter(room) else {
+        let at = (u32::from_le_bytes(*place) as usize).saturating_mul(PAGE_BYTES);
+        if at < PAGE_BYTES || at.saturating_add(body.len()) > memory.bytes {
             return Err(unfit("the memory has no place for the body"));
-        };
+        }
         // SAFETY: within the memory, and so is the stamp, which ends before any page but the first begins.
         let (from, stamp) =
             unsafe { (memory.start.add(at), memory.start.add(at / PAGE_BYTES * STAMP_BYTES).cast_mut().cast()) };

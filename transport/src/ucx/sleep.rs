@@ -86,11 +86,6 @@ impl Watched {
         self.poll(0) > 0
     }
 
-    /// Looks once, without blocking; whether any but the first `skip` is ready.
-    pub fn look_beyond(&mut self, skip: usize) -> bool {
-        self.poll(0) > 0 && self.0.iter().skip(skip).any(|fd| fd.revents != 0)
-    }
-
     /// Sleeps until one is ready, or `deadline`.
     pub fn look_until(&mut self, deadline: Instant) {
         self.poll(milliseconds_until(deadline));

@@ -3,7 +3,7 @@
 use std::net::TcpListener;
 use std::os::fd::{AsRawFd, RawFd};
 use std::sync::Arc;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use super::UcxOptions;
 use super::channel::{Incoming, Outgoing, Sending};
@@ -352,7 +352,8 @@ impl UcxTransport {
         if !can || !frame.lend(SHARED_PART_BYTES) {
             return Some(frame);
         }
-        let outcome = self.queues.worker.lend_frame(&channel.endpoint, channel.token, &frame);
+        let outcome =
+            self.queues.worker.lend_frame(&channel.endpoint, channel.token, &frame, channel.outgoing.is_memory_known());
         channel.outgoing.keep(frame);
         if let Err(error) = outcome {
             let (id, error) = (channel.id, channel.failed("lend a frame", error));
@@ -377,10 +378,9 @@ impl UcxTransport {
         }
     }
 
-    /// Fills `watched` with every descriptor, the event descriptor first, then the channels' in their order.
+    /// Fills `watched` with every socket: the channels' in their order, then the door's.
     fn watch(&mut self) {
         self.watched.clear();
-        self.watched.push(self.queues.event_fd, false);
         for channel in self.channels.iter().flatten() {
             self.watched.push(channel.liveness.as_raw_fd(), false);
         }
@@ -393,7 +393,7 @@ impl UcxTransport {
         let ready = self.watched.look();
         if ready {
             let watched = &self.watched;
-            let dead = self.channels.iter().flatten().enumerate().filter(|(at, _)| watched.ready(at + 1));
+            let dead = self.channels.iter().flatten().enumerate().filter(|(at, _)| watched.ready(*at));
             let dead: Vec<_> = dead.filter_map(|(_, channel)| Some((channel.id, channel.death()?))).collect();
             if !dead.is_empty() {
                 // What it sent before it died may still be delivered.
@@ -404,10 +404,12 @@ impl UcxTransport {
                 self.break_later(id, error);
             }
         }
-        for entered in self.door.look(self.queues.worker.inbox()) {
-            match self.enter(entered) {
-                Ok((channel, peer)) => events.push(Event::Accepted { channel, peer }),
-                Err(error) => tracing::warn!(%error, "cannot accept a channel"),
+        if ready || self.door.has_business() {
+            for entered in self.door.look(self.queues.worker.inbox()) {
+                match self.enter(entered) {
+                    Ok((channel, peer)) => events.push(Event::Accepted { channel, peer }),
+                    Err(error) => tracing::warn!(%error, "cannot accept a channel"),
+                }
             }
         }
         self.door.take_turned_away().into_iter().for_each(|reason| self.stats.refuse(reason));
@@ -565,6 +567,11 @@ impl Transport for UcxTransport {
         if !self.broken.is_empty() || !self.touched.is_empty() {
             return;
         }
+        // Most waits are short, and a look at the clock is a good part of them.
+        if !self.budget.next().is_zero() && self.spin_briefly() {
+            self.budget.learn(Duration::ZERO);
+            return;
+        }
         let begun = Instant::now();
         let look_at = self.look_at(begun);
         let deadline = look_at.map_or(deadline, |at| at.min(deadline));
@@ -606,6 +613,7 @@ impl UcxTransport {
                 Ok(false) => continue,
                 Ok(true) => {
                     self.watch();
+                    self.watched.push(self.queues.event_fd, false);
                     let deadline = self.door.deadline().map_or(deadline, |door| door.min(deadline));
                     self.watched.sleep(&self.waker, deadline);
                 }
@@ -617,6 +625,20 @@ impl UcxTransport {
         self.polls = SOCKETS_EVERY;
     }
 
+    /// Spins [`YIELD_EVERY`] times; whether there is something to poll for.
+    fn spin_briefly(&mut self) -> bool {
+        for _ in 0..YIELD_EVERY {
+            if self.queues.worker.progress() || self.queues.worker.inbox().has_news() || self.waker.take() {
+                return true;
+            }
+            // The peer may be on this core's other hardware thread: what we look at too often, it pays for.
+            for _ in 0..PAUSES {
+                std::hint::spin_loop();
+            }
+        }
+        false
+    }
+
     /// Spins for as long as waits have been; whether there is something to poll for.
     fn spin(&mut self, begun: Instant, deadline: Instant) -> bool {
         let spun = begun.checked_add(self.budget.next()).map_or(deadline, |spun| spun.min(deadline));
@@ -624,26 +646,20 @@ impl UcxTransport {
             return false;
         }
         loop {
-            for spin in 1..=SOCKETS_EVERY {
-                if self.queues.worker.progress() || self.queues.worker.inbox().has_news() || self.waker.take() {
+            for _ in 0..SOCKETS_EVERY / YIELD_EVERY {
+                if self.spin_briefly() {
                     return true;
                 }
-                if spin % YIELD_EVERY == 0 {
-                    if Instant::now() >= spun {
-                        return spun >= deadline;
-                    }
-                    std::thread::yield_now();
+                if Instant::now() >= spun {
+                    return spun >= deadline;
                 }
-                // The peer may be on this core's other hardware thread: what we look at too often, it pays for.
-                for _ in 0..PAUSES {
-                    std::hint::spin_loop();
-                }
+                std::thread::yield_now();
             }
             if self.queues.worker.pending() > 0 && self.reap() {
                 return true;
             }
             self.watch();
-            if self.watched.look_beyond(1) {
+            if self.watched.look() {
                 self.polls = SOCKETS_EVERY;
                 return true;
             }

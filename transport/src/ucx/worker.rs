@@ -10,7 +10,7 @@ use ucx_sys as sys;
 
 use super::channel::Sending;
 use super::inbox::{self, AM_ACK, AM_FRAME, AM_LENT, AM_UNREACHABLE, HEAD_BYTES, Inbox, Token};
-use super::lend::{Borrowed, Fetched, KEY_BYTES_MAX};
+use super::lend::{Borrowed, Fetched, KEY_BYTES_MAX, PLACE_BYTES};
 use super::library::{Context, UcxError, check, status_words};
 
 /// How long a worker that goes waits for what it still has under way.
@@ -228,9 +228,11 @@ impl Worker {
         }
     }
 
-    /// Sends a frame without its body, which the peer is to read by its key and the caller keeps until it is acknowledged.
-    pub fn lend_frame(&mut self, to: &Endpoint, channel: Token, frame: &Sending) -> Result<(), UcxError> {
+    /// Sends a frame without its body, which the peer is to read by its key and the caller keeps until it is acknowledged. Of a
+    /// memory that is `known` to the peer, the place is enough.
+    pub fn lend_frame(&mut self, to: &Endpoint, channel: Token, frame: &Sending, known: bool) -> Result<(), UcxError> {
         let key = frame.key().unwrap_or_default();
+        let key = &key[..if known { key.len().min(PLACE_BYTES) } else { key.len() }];
         let mut kept = self.spare_head();
         frame.head(&mut kept[..HEAD_BYTES]);
         kept[HEAD_BYTES..][..key.len()].copy_from_slice(key);
