@@ -202,7 +202,7 @@ unsafe fn product_of_rows(p: &Product<'_>, from: usize, to: usize, inputs: *cons
             if few {
                 panel.multiply_few(inputs, block + blocks < p.blocks.end, &mut sums[0]);
             } else {
-                panel.multiply_many(inputs, to - from, block + blocks < p.blocks.end, sums);
+                panel.multiply_many(inputs, to - from, sums);
             }
             for row in from..to {
                 let sums = &sums[(row - from) / SUM_ROWS].0[(row - from) % SUM_ROWS];
@@ -287,8 +287,8 @@ impl<'a> Panel<'a> {
     /// The sums of `rows` rows and of one or two blocks. So many steps at a time that their weights stay in the first-level
     /// cache while all rows pass by; sums between them are kept in memory, which changes no bit of them.
     /// # Safety
-    /// As `multiply_few`, for whole pairs of tiles of rows; if `more`, as many blocks follow this panel.
-    unsafe fn multiply_many(&self, x: *const u8, rows: usize, more: bool, sums: &mut [Sums]) {
+    /// As `multiply_few`, for whole pairs of tiles of rows.
+    unsafe fn multiply_many(&self, x: *const u8, rows: usize, sums: &mut [Sums]) {
         let pairs = rows.div_ceil(SUM_ROWS);
         let chunk = if pairs == 1 { self.steps.max(1) } else { CHUNK_STEPS };
         // Of a product whose blocks are no multiple of two, the last panel is one block.
@@ -303,7 +303,7 @@ impl<'a> Panel<'a> {
                 // SAFETY: the blocks exist in weights and sums; tiles of x as promised.
                 unsafe {
                     if two {
-                        steps.two_by_two(from > 0, self.ahead(pairs, pair, to, more), sums);
+                        steps.two_by_two(from > 0, pair == 0, sums);
                     } else {
                         steps.two_by_one(from > 0, sums);
                     }
@@ -320,42 +320,13 @@ impl<'a> Panel<'a> {
             // SAFETY: as above, for the tail.
             unsafe {
                 if two {
-                    last.two_by_two(true, Ahead::Nothing, sums);
+                    last.two_by_two(true, false, sums);
                 } else {
                     last.two_by_one(true, sums);
                 }
             }
         }
     }
-
-    /// What the pass of rows `pair` of `pairs` asks for while it computes steps up to `to`: the first passes ask for the steps
-    /// that come next, of a block each; a pass that is alone for what it needs itself.
-    fn ahead(&self, pairs: usize, pair: usize, to: usize, more: bool) -> Ahead {
-        if pairs == 1 {
-            return Ahead::Own;
-        }
-        if pair > 1 {
-            return Ahead::Nothing;
-        }
-        let block = self.weights.wrapping_add(pair * self.block_bytes);
-        if to < self.steps {
-            Ahead::Tiles(block.wrapping_add(to * TILE_BYTES))
-        } else if more {
-            Ahead::Tiles(block.wrapping_add(2 * self.block_bytes))
-        } else {
-            Ahead::Nothing
-        }
-    }
-}
-
-/// What is asked for ahead of its use.
-#[derive(Clone, Copy)]
-enum Ahead {
-    Nothing,
-    /// The weights of a few steps on.
-    Own,
-    /// Tiles from here on, one a step.
-    Tiles(*const u8),
 }
 
 /// Steps of two blocks whose weights leave room in a first-level cache of 48 KiB.
@@ -382,7 +353,7 @@ macro_rules! ask {
 
 /// The loop over steps of `two_by_two`, with what is asked for ahead.
 macro_rules! two_by_two {
-    ($steps:ident, $out:ident, [$($ask:expr),*] $(, $name:ident = $value:expr)*) => {
+    ($steps:ident, $out:ident, [$($ask:expr),*]) => {
         asm!(
             "test {steps}, {steps}",
             "jz 3f",
@@ -416,7 +387,6 @@ macro_rules! two_by_two {
             below = in(reg) $out.wrapping_add(TILE_ROWS * TILE_COLS),
             line = in(reg) TILE_LINE,
             stride = in(reg) SUMS_STRIDE,
-            $($name = inout(reg) $value => _,)*
             options(nostack)
         )
     };
@@ -491,19 +461,15 @@ impl Steps {
 
     /// # Safety
     /// As `one_by_four`, for two blocks and two tiles of rows.
-    unsafe fn two_by_two(&self, go_on: bool, ahead: Ahead, out: *mut f32) {
+    unsafe fn two_by_two(&self, go_on: bool, ask: bool, out: *mut f32) {
         // SAFETY: the caller's promise; asking for any address is harmless.
         unsafe {
             let below = out.add(TILE_ROWS * TILE_COLS);
             begin_four(go_on, [out, out.add(LANES), below, below.add(LANES)]);
-            match ahead {
-                Ahead::Nothing => two_by_two!(self, out, []),
-                Ahead::Own => {
-                    two_by_two!(self, out, [ask!("prefetcht0", "{a} + 4096"), ask!("prefetcht0", "{b} + 4096")]);
-                }
-                Ahead::Tiles(ahead) => {
-                    two_by_two!(self, out, [ask!("prefetcht1", "{ahead}"), "add {ahead}, 1024"], ahead = ahead);
-                }
+            if ask {
+                two_by_two!(self, out, [ask!("prefetcht1", "{a} + 1024"), ask!("prefetcht1", "{b} + 1024")]);
+            } else {
+                two_by_two!(self, out, []);
             }
         }
     }
