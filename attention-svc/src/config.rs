@@ -56,8 +56,9 @@ pub struct AttentionConfig {
     pub limits: SchedulerLimits,
     /// Micro-batches that a step is cut into at most; also the number of lanes.
     pub micro_batches: u16,
-    /// Rows below which a micro-batch is not cut further.
-    pub micro_batch_rows_min: usize,
+    /// Rows that a micro-batch has at least; `None`: so many that an expert gets [`Self::MICRO_BATCH_EXPERT_ROWS`] of them on
+    /// average.
+    pub micro_batch_rows_min: Option<usize>,
     /// How long an expert node's answer may take before its rows go to another holder of their experts; four times the
     /// slowest answer of late, where that is longer.
     pub silence_min: Duration,
@@ -85,13 +86,17 @@ impl AttentionConfig {
     /// Bounds of steps and queues unless said otherwise.
     pub const LIMITS: SchedulerLimits = SchedulerLimits {
         step_tokens_max: 512,
-        prefill_chunk: 256,
+        prefill_chunk: 512,
         scored_rows_max: 64,
         running_max: 256,
         waiting_max: 1024,
     };
     /// Micro-batches of a step unless said otherwise: one computes while the other is away.
     pub const MICRO_BATCHES: u16 = 2;
+    /// Rows that an expert gets from a micro-batch on average, at least, unless said otherwise. Each micro-batch has the expert
+    /// nodes read their weights once, and with fewer rows that takes them longer than to compute: two smaller ones would
+    /// take almost twice as long there as one, which no overlap makes good.
+    pub const MICRO_BATCH_EXPERT_ROWS: usize = 64;
     /// How long the router may take to be up unless said otherwise.
     pub const REGISTER_FOR: Duration = Duration::from_secs(30);
 
@@ -123,7 +128,7 @@ impl AttentionConfig {
             kv: KvBudget::Bytes(Self::KV_BYTES),
             limits: Self::LIMITS,
             micro_batches: Self::MICRO_BATCHES,
-            micro_batch_rows_min: 32,
+            micro_batch_rows_min: None,
             silence_min: Self::SILENCE_MIN,
             answer_max: Duration::from_secs(10),
             connect_max: Duration::from_secs(1),

@@ -80,6 +80,9 @@ struct Flags {
     /// Micro-batches that a step is cut into at most: while one is at the experts, the next computes.
     #[arg(long, env = "MESH_MICRO_BATCHES", value_name = "N", default_value_t = AttentionConfig::MICRO_BATCHES)]
     micro_batches: u16,
+    /// Rows that a micro-batch has at least; by default so many that an expert gets 64 of them on average.
+    #[arg(long, env = "MESH_MICRO_BATCH_ROWS", value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
+    micro_batch_rows: Option<u32>,
     /// How long an expert node may owe an answer before its rows go to another holder of their experts, milliseconds; four
     /// times the slowest answer of late, where that is longer. After half of it the router asks whether the node lives.
     #[arg(long, env = "MESH_SILENCE_MS", value_name = "N",
@@ -137,6 +140,7 @@ impl Flags {
             kv: self.kv_pages.map_or(KvBudget::Bytes(self.kv_bytes), KvBudget::Pages),
             limits,
             micro_batches: self.micro_batches,
+            micro_batch_rows_min: self.micro_batch_rows.map(|rows| rows as usize),
             silence_min: Duration::from_millis(self.silence_ms),
             recovery_max: Duration::from_secs(self.recovery_max),
             register_for: Duration::from_secs(self.register_for),

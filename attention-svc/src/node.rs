@@ -307,11 +307,13 @@ fn runner(
     kv_pages: u32,
     outside: Outside,
 ) -> Result<Runner, AttentionError> {
+    let moe = trunk.config().moe;
+    let rows_min = AttentionConfig::MICRO_BATCH_EXPERT_ROWS * moe.experts / moe.top_k.max(1);
     let options = RunnerOptions {
         slot,
         kv_pages: kv_pages as usize,
         micro_batches: config.micro_batches,
-        micro_batch_rows_min: config.micro_batch_rows_min,
+        micro_batch_rows_min: config.micro_batch_rows_min.unwrap_or(rows_min),
         silence_min: config.silence_min,
         answer_max: config.answer_max,
         connect_max: config.connect_max,

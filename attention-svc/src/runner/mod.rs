@@ -77,7 +77,7 @@ pub struct RunnerOptions {
     pub kv_pages: usize,
     /// Micro-batches that a step is cut into at most. Also the number of lanes.
     pub micro_batches: u16,
-    /// Rows below which a micro-batch is not cut further: each one reads the weights again.
+    /// Rows that a micro-batch has at least: each one reads the weights again.
     pub micro_batch_rows_min: usize,
     /// How long an expert node's answer may take before rows are sent to another holder, however slow answers are; after half of
     /// it the router is told.
