@@ -14,7 +14,7 @@ use crate::pointwise::sum_lanes;
 use crate::{KV_PAGE_TOKENS, QueryRow, checks};
 
 /// Most (row, head) pairs that walk together, on any instruction set.
-const QUERIES_MAX: usize = 4;
+const QUERIES_MAX: usize = 8;
 
 /// Rows of one sequence, and one KV head.
 pub(crate) struct Attend<'a> {
@@ -74,7 +74,10 @@ pub(crate) unsafe fn attend<S: Simd, const STEP: usize, const FIXED: bool>(s: S,
         let left = pairs - pair;
         // SAFETY: pairs `pair..pair + N` exist; the rest is the caller's promise.
         unsafe {
-            if S::QUERIES >= 4 && left >= 4 {
+            if S::QUERIES >= 8 && left >= 8 {
+                walk::<S, 8, STEP, FIXED>(s, a, pair, sums);
+                pair += 8;
+            } else if S::QUERIES >= 4 && left >= 4 {
                 walk::<S, 4, STEP, FIXED>(s, a, pair, sums);
                 pair += 4;
             } else if S::QUERIES >= 2 && left >= 2 {
@@ -114,7 +117,7 @@ unsafe fn walk<S: Simd, const N: usize, const STEP: usize, const FIXED: bool>(
     while step <= last {
         // SAFETY: K and V are whole blocks of the cache; sums hold N rows of `stride`.
         unsafe {
-            let (mut parts, mut count, mut together) = ([Part::nothing(); STEP], 0, true);
+            let (mut parts, mut count) = ([Part::nothing(); STEP], 0);
             for at in 0..STEP.min(last + 1 - step) {
                 let start = (step + at) * KV_PAGE_TOKENS;
                 // Outside of all windows: the page may be another sequence's by now.
@@ -124,25 +127,23 @@ unsafe fn walk<S: Simd, const N: usize, const STEP: usize, const FIXED: bool>(
                 let k = a.cache.k_block(a.layer, pages[step + at], a.kv_head);
                 scores::<S, N>(s, a, &queries, k.as_ptr(), &mut weights[count]);
                 let v = a.cache.v_block(a.layer, pages[step + at], a.kv_head).as_ptr();
-                let range = visible(&queries[0], start);
-                for query in &queries[1..] {
-                    together &= visible(query, start) == range;
-                }
-                parts[count] = Part { v, start, from: range.0, to: range.1 };
+                parts[count] = Part::new(&queries, v, start);
                 count += 1;
             }
-            let parts = &mut parts[..count];
+            let parts = &parts[..count];
             for i in 0..N {
                 soften(s, &mut queries[i], &mut weights, i, parts, &mut sums[i * stride..][..stride]);
             }
-            if together {
-                gather::<S, N>(s, dtype, stride, &weights, 0, parts, sums.as_mut_ptr());
-            } else {
+            let mut done = 0;
+            for parts in parts.chunk_by(|part, next| part.rest.is_none() && next.rest.is_none()) {
+                let weights = &weights[done..];
+                done += parts.len();
+                gather::<S, N>(s, dtype, stride, weights, 0, parts, sums.as_mut_ptr());
+                let [part @ Part { rest: Some(rest), .. }] = parts else { continue };
                 for i in 0..N {
-                    for part in parts.iter_mut() {
-                        (part.from, part.to) = visible(&queries[i], part.start);
-                    }
-                    gather::<S, 1>(s, dtype, stride, &weights, i, parts, sums.as_mut_ptr().add(i * stride));
+                    let (from, to) = visible(&queries[i], part.start);
+                    let part = Part { from: from.max(*rest), to, ..*part };
+                    gather::<S, 1>(s, dtype, stride, weights, i, &[part], sums.as_mut_ptr().add(i * stride));
                 }
             }
         }
@@ -152,19 +153,37 @@ unsafe fn walk<S: Simd, const N: usize, const STEP: usize, const FIXED: bool>(
     unsafe { finish(s, a, &queries, sums) };
 }
 
-/// A page of a step, and which slots of it are seen.
+/// A page of a step.
 #[derive(Clone, Copy)]
 struct Part {
     v: *const u8,
     /// The page's first position.
     start: usize,
+    /// Slots that all queries see, before any that only some of them see: `from..to`.
     from: usize,
     to: usize,
+    /// From where on some see more.
+    rest: Option<usize>,
 }
 
 impl Part {
+    #[inline(always)]
+    fn new<const N: usize>(queries: &[Query; N], v: *const u8, start: usize) -> Part {
+        let (from, to) = visible(&queries[0], start);
+        let (mut alike, mut common) = (true, to);
+        for query in &queries[1..] {
+            let seen = visible(query, start);
+            if seen.0 != from {
+                return Part { v, start, from, to: from, rest: Some(0) };
+            }
+            alike &= seen.1 == to;
+            common = common.min(seen.1);
+        }
+        Part { v, start, from, to: common, rest: (!alike).then_some(common) }
+    }
+
     const fn nothing() -> Part {
-        Part { v: std::ptr::null(), start: 0, from: 0, to: 0 }
+        Part { v: std::ptr::null(), start: 0, from: 0, to: 0, rest: None }
     }
 }
 

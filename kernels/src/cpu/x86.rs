@@ -72,7 +72,7 @@ macro_rules! avx512_common {
         type V = __m512;
 
         const ROWS_F32: usize = 6;
-        const QUERIES: usize = 4;
+        const QUERIES: usize = 8;
 
         proven! {
             splat(x: f32) -> __m512 = _mm512_set1_ps(x);
