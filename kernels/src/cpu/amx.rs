@@ -64,31 +64,48 @@ fn permitted() -> bool {
     false
 }
 
-/// LDTILECFG's operand: palette 1, eight tiles of sixteen rows of 64 bytes.
+/// LDTILECFG's operand: palette 1, eight tiles of lines of 64 bytes.
+#[derive(Clone, Copy)]
 #[repr(C, align(64))]
 struct TileConfig([u8; 64]);
 
-static CONFIG: TileConfig = {
-    let mut config = [0; 64];
-    config[0] = 1;
-    let mut tile = 0;
-    while tile < 8 {
-        config[16 + 2 * tile] = TILE_LINE as u8;
-        config[48 + tile] = TILE_ROWS as u8;
-        tile += 1;
+impl TileConfig {
+    /// Tiles of sixteen lines, but those of sums and, where it is the only one, of input rows (0 to 4) of `rows`.
+    const fn of(rows: usize) -> TileConfig {
+        let mut config = [0; 64];
+        config[0] = 1;
+        let mut tile = 0;
+        while tile < 8 {
+            config[16 + 2 * tile] = TILE_LINE as u8;
+            config[48 + tile] = if tile < 5 { rows } else { TILE_ROWS } as u8;
+            tile += 1;
+        }
+        TileConfig(config)
     }
-    TileConfig(config)
+}
+
+/// By rows of a single tile of them, less one.
+static CONFIGS: [TileConfig; TILE_ROWS] = {
+    let mut configs = [TileConfig::of(TILE_ROWS); TILE_ROWS];
+    let mut rows = 1;
+    while rows < TILE_ROWS {
+        configs[rows - 1] = TileConfig::of(rows);
+        rows += 1;
+    }
+    configs
 };
 
 /// Holds the thread's tile registers; releasing them keeps them out of context switches.
 struct Tiles(());
 
 impl Tiles {
+    /// For `rows` input rows: with fewer than a tile has, only so many are read, multiplied and stored.
     /// # Safety
     /// [`is_available`], and the thread holds no other.
-    unsafe fn take() -> Tiles {
+    unsafe fn take(rows: usize) -> Tiles {
+        let config = &CONFIGS[rows.clamp(1, TILE_ROWS) - 1];
         // SAFETY: the operand is a whole valid configuration; the compiler knows nothing of tile registers.
-        unsafe { asm!("ldtilecfg [{}]", in(reg) CONFIG.0.as_ptr(), options(nostack, readonly, preserves_flags)) };
+        unsafe { asm!("ldtilecfg [{}]", in(reg) config.0.as_ptr(), options(nostack, readonly, preserves_flags)) };
         Tiles(())
     }
 }
@@ -132,23 +149,24 @@ thread_local! {
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,avx2,fma")]
 pub(crate) unsafe fn product(p: &Product<'_>) {
     debug_assert_eq!(p.dtype, Dtype::Bf16);
-    // SAFETY: the caller's promise; products do not nest.
-    let _tiles = unsafe { Tiles::take() };
     let steps = p.k.div_ceil(TILE_INPUTS);
     let block_rows = (INPUT_BLOCK_BYTES / (steps * TILE_LINE).max(1)).next_multiple_of(SUM_ROWS);
     SCRATCH.with_borrow_mut(|Scratch { inputs, sums }| {
         let mut from = p.rows.start;
         while from < p.rows.end {
             let to = p.rows.end.min(from + block_rows);
-            // One tile of rows, or whole pairs: the second of a last one is zeros.
-            let tiles = if to - from <= TILE_ROWS { 1 } else { 2 * (to - from).div_ceil(SUM_ROWS) };
+            // One tile of so many rows, or whole pairs: what is missing of a last one is zeros.
+            let few = to - from <= TILE_ROWS;
+            let tiles = if few { 1 } else { 2 * (to - from).div_ceil(SUM_ROWS) };
+            let bytes = tiles * steps * TILE_LINE * if few { to - from } else { TILE_ROWS };
             sums.resize_with(sums.len().max(tiles.div_ceil(2)), Sums::new);
-            if inputs.len() < tiles * steps * TILE_BYTES {
-                *inputs = AlignedBuf::zeroed(tiles * steps * TILE_BYTES).unwrap_or_else(|error| out_of_memory(&error));
+            if inputs.len() < bytes {
+                *inputs = AlignedBuf::zeroed(bytes).unwrap_or_else(|error| out_of_memory(&error));
             }
-            // SAFETY: the caller's promise, for some of the rows, and room for all their tiles.
+            // SAFETY: the caller's promise, for some of the rows, and room for all their tiles; products do not nest.
             unsafe {
-                spread(p, from, to, &mut inputs.as_mut_slice()[..tiles * steps * TILE_BYTES]);
+                let _tiles = Tiles::take(to - from);
+                spread(p, from, to, &mut inputs.as_mut_slice()[..bytes]);
                 product_of_rows(p, from, to, inputs.as_slice().as_ptr(), sums);
             }
             from = to;
@@ -156,14 +174,16 @@ pub(crate) unsafe fn product(p: &Product<'_>) {
     });
 }
 
-/// Spreads rows `from..to` into all tiles of `out`, `[row tile][step][row][inputs]`.
+/// Spreads rows `from..to` into all tiles of `out`, `[row tile][step][row][inputs]`: one of just these rows, or several of sixteen.
 /// # Safety
 /// Rows hold `k` elements.
 unsafe fn spread(p: &Product<'_>, from: usize, to: usize, out: &mut [u8]) {
     let (bytes, steps) = (p.k * 2, p.k.div_ceil(TILE_INPUTS));
-    for (first, tiles) in (from..).step_by(TILE_ROWS).zip(out.chunks_exact_mut((steps * TILE_BYTES).max(1))) {
-        for row in 0..TILE_ROWS {
-            let lines = tiles.chunks_exact_mut(TILE_BYTES).map(|tile| &mut tile[row * TILE_LINE..][..TILE_LINE]);
+    let rows = TILE_ROWS.min(to - from);
+    let tile_bytes = rows * TILE_LINE;
+    for (first, tiles) in (from..).step_by(TILE_ROWS).zip(out.chunks_exact_mut((steps * tile_bytes).max(1))) {
+        for row in 0..rows {
+            let lines = tiles.chunks_exact_mut(tile_bytes).map(|tile| &mut tile[row * TILE_LINE..][..TILE_LINE]);
             if first + row >= to {
                 lines.for_each(|line| line.fill(0));
                 continue;
@@ -196,7 +216,8 @@ unsafe fn product_of_rows(p: &Product<'_>, from: usize, to: usize, inputs: *cons
     while block < p.blocks.end {
         let blocks = if few { TILE_BLOCKS } else { 2 }.min(p.blocks.end - block);
         let weights = &p.weights[block * p.block_bytes..(block + blocks) * p.block_bytes];
-        let panel = Panel::new(weights, blocks, p.k, p.block_bytes, &mut tail);
+        let x_bytes = TILE_LINE * TILE_ROWS.min(to - from);
+        let panel = Panel::new(weights, blocks, p.k, p.block_bytes, x_bytes, &mut tail);
         // SAFETY: the tiles of all rows and of `blocks` blocks exist; places as promised.
         unsafe {
             if few {
@@ -218,6 +239,8 @@ struct Panel<'a> {
     weights: *const u8,
     blocks: usize,
     block_bytes: usize,
+    /// Bytes of a tile of rows.
+    x_bytes: usize,
     /// Whole steps.
     steps: usize,
     /// The last step, filled up with zeros, if it is partial.
@@ -225,7 +248,14 @@ struct Panel<'a> {
 }
 
 impl<'a> Panel<'a> {
-    fn new(weights: &[u8], blocks: usize, k: usize, block_bytes: usize, tail: &'a mut Tail) -> Panel<'a> {
+    fn new(
+        weights: &[u8],
+        blocks: usize,
+        k: usize,
+        block_bytes: usize,
+        x_bytes: usize,
+        tail: &'a mut Tail,
+    ) -> Panel<'a> {
         let steps = k / TILE_INPUTS;
         let rest = block_bytes - steps * TILE_BYTES;
         if rest > 0 {
@@ -234,28 +264,28 @@ impl<'a> Panel<'a> {
             }
         }
         let tail = (rest > 0).then_some(&*tail);
-        Panel { weights: weights.as_ptr(), blocks, block_bytes, steps, tail }
+        Panel { weights: weights.as_ptr(), blocks, block_bytes, x_bytes, steps, tail }
     }
 
     /// Bytes from one tile of rows to the next.
     fn row_tile_bytes(&self) -> usize {
-        (self.steps + usize::from(self.tail.is_some())) * TILE_BYTES
+        (self.steps + usize::from(self.tail.is_some())) * self.x_bytes
     }
 
     /// Steps `from..to` of blocks from `first` on; `x` is those of the first tile of rows, from its first step.
     fn steps(&self, x: *const u8, first: usize, from: usize, to: usize) -> Steps {
-        let x = x.wrapping_add(from * TILE_BYTES);
+        let x = x.wrapping_add(from * self.x_bytes);
         let weights = self.weights.wrapping_add(first * self.block_bytes + from * TILE_BYTES);
         let x_second = x.wrapping_add(self.row_tile_bytes());
-        Steps { x, x_second, weights, block_bytes: self.block_bytes, steps: to - from }
+        Steps { x, x_second, x_bytes: self.x_bytes, weights, block_bytes: self.block_bytes, steps: to - from }
     }
 
     /// The partial last step of blocks from `first` on, if there is one.
     fn last(&self, x: *const u8, first: usize) -> Option<Steps> {
-        let x = x.wrapping_add(self.steps * TILE_BYTES);
+        let x = x.wrapping_add(self.steps * self.x_bytes);
         let weights = self.tail?.0.as_ptr().cast::<u8>().wrapping_add(first * TILE_BYTES);
         let x_second = x.wrapping_add(self.row_tile_bytes());
-        Some(Steps { x, x_second, weights, block_bytes: TILE_BYTES, steps: 1 })
+        Some(Steps { x, x_second, x_bytes: self.x_bytes, weights, block_bytes: TILE_BYTES, steps: 1 })
     }
 
     /// The sums of one tile of rows and all blocks: every weight is on its way from memory once.
@@ -397,6 +427,8 @@ macro_rules! two_by_two {
 struct Steps {
     x: *const u8,
     x_second: *const u8,
+    /// Bytes of a tile of rows; [`TILE_BYTES`] where there are two.
+    x_bytes: usize,
     weights: *const u8,
     block_bytes: usize,
     steps: usize,
@@ -430,7 +462,7 @@ impl Steps {
                 ask!("prefetcht0", "{d} + {ahead}"),
                 "tileloadd tmm5, [{d} + {line}]",
                 "tdpbf16ps tmm3, tmm4, tmm5",
-                "add {x}, 1024",
+                "add {x}, {x_bytes}",
                 "add {a}, 1024",
                 "add {b}, 1024",
                 "add {c}, 1024",
@@ -443,6 +475,7 @@ impl Steps {
                 "tilestored [{out} + {stride} + 128], tmm2",
                 "tilestored [{out} + {stride} + 192], tmm3",
                 x = inout(reg) self.x => _,
+                x_bytes = in(reg) self.x_bytes,
                 a = inout(reg) self.weights => _,
                 b = inout(reg) self.weights.wrapping_add(self.block_bytes) => _,
                 c = inout(reg) self.weights.wrapping_add(2 * self.block_bytes) => _,
@@ -498,13 +531,14 @@ impl Steps {
                 "tileloadd tmm4, [{x} + {line}]",
                 "tileloadd tmm5, [{a} + {line}]",
                 "tdpbf16ps tmm0, tmm4, tmm5",
-                "add {x}, 1024",
+                "add {x}, {x_bytes}",
                 "add {a}, 1024",
                 "dec {steps}",
                 "jnz 2b",
                 "3:",
                 "tilestored [{out} + {stride}], tmm0",
                 x = inout(reg) self.x => _,
+                x_bytes = in(reg) self.x_bytes,
                 a = inout(reg) self.weights => _,
                 steps = inout(reg) self.steps => _,
                 out = in(reg) out,
@@ -554,7 +588,7 @@ unsafe fn begin_four(go_on: bool, places: [*mut f32; 4]) {
 pub(crate) unsafe fn spin(rounds: u64) -> u64 {
     // SAFETY: the caller's promise; no memory is touched.
     unsafe {
-        let _tiles = Tiles::take();
+        let _tiles = Tiles::take(TILE_ROWS);
         asm!(
             "2:",
             "tdpbf16ps tmm0, tmm4, tmm6",
