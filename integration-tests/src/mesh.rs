@@ -120,6 +120,12 @@ impl MeshBuilder {
         self.flag("--prefill-chunk", &tokens.to_string())
     }
 
+    /// Rows that a micro-batch has at least: few, and steps of a small model are cut as a large one's are.
+    #[must_use]
+    pub fn micro_batch_rows(self, rows: u32) -> Self {
+        self.env("MESH_MICRO_BATCH_ROWS", &rows.to_string())
+    }
+
     /// Pages of KV cache on each attention node.
     #[must_use]
     pub fn kv_pages(self, pages: u32) -> Self {

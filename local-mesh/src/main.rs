@@ -57,6 +57,9 @@ struct Flags {
     /// Prompt tokens that a request may add to one step.
     #[arg(long, env = "MESH_PREFILL_CHUNK", value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
     prefill_chunk: Option<u32>,
+    /// Rows that a micro-batch has at least; by default so many that an expert gets 64 of them on average.
+    #[arg(long, env = "MESH_MICRO_BATCH_ROWS", value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
+    micro_batch_rows: Option<u32>,
     /// FOR TESTS AND DRILLS ONLY: have attention nodes harm their frames, as seed=7,drop=0.001,delay=0.01:2ms-20ms.
     #[arg(long, env = "MESH_FAULTS", value_name = "SPEC")]
     faults: Option<FaultSpec>,
@@ -83,6 +86,7 @@ impl Flags {
         if let Some(tokens) = self.prefill_chunk {
             config.attention_node.limits.prefill_chunk = tokens;
         }
+        config.attention_node.micro_batch_rows_min = self.micro_batch_rows.map(|rows| rows as usize);
         config.attention_node.faults = self.faults;
         config.router.replicas = self.replicas.into();
         config.grpc = self.grpc;

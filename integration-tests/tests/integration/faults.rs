@@ -101,7 +101,9 @@ fn moved(status: &StatusResponse) -> u64 {
 }
 
 fn builder(transport: Transport) -> MeshBuilder {
-    Mesh::builder().model(&drilled()).dtype(Dtype::Bf16).experts(4).flag("--replicas", "2").transport(transport)
+    let mesh = Mesh::builder().model(&drilled()).dtype(Dtype::Bf16).transport(transport);
+    // Few enough that two micro-batches of a step are away at once.
+    mesh.experts(4).flag("--replicas", "2").micro_batch_rows(4)
 }
 
 /// What is not counted as it should be.

@@ -12,8 +12,6 @@ use mesh_proto::v1::GenerateRequest;
 use tokio::sync::OnceCell;
 use tokio::task::JoinSet;
 
-/// Few enough rows of a micro-batch that steps are cut in two here as those of large models are.
-const MICRO_BATCH_ROWS: &str = "8";
 /// Attention and expert nodes, and the prefill chunk of that mesh (`None`: a whole prompt at once).
 const SHAPES: [(u16, u16, Option<u32>); 4] = [(1, 1, Some(1)), (1, 4, Some(7)), (2, 3, None), (3, 2, Some(7))];
 const TOKENS: u32 = 12;
@@ -74,7 +72,7 @@ async fn every_shape(transport: Transport, dtype: Dtype) {
         let at = format!("{attention}A{experts}E over {} in {}, chunk {chunk:?}", transport.flag(), dtype.flag());
         let builder = Mesh::builder().attention(attention).experts(experts).transport(transport).dtype(dtype);
         let builder = if let Some(tokens) = chunk { builder.prefill_chunk(tokens) } else { builder };
-        let mesh = builder.env("MESH_MICRO_BATCH_ROWS", MICRO_BATCH_ROWS).start().await;
+        let mesh = builder.micro_batch_rows(8).start().await;
         for (prompt, wanted) in prompts().iter().zip(wanted) {
             assert_same(&at, &bits(&mesh, prompt).await, wanted);
         }

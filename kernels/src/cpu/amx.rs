@@ -212,11 +212,11 @@ unsafe fn product_of_rows(p: &Product<'_>, from: usize, to: usize, inputs: *cons
     let s = unsafe { Avx512Bf16::assume() };
     let mut tail = Tail([[0; TILE_BYTES]; TILE_BLOCKS]);
     let few = to - from <= TILE_ROWS;
+    let x_bytes = TILE_LINE * TILE_ROWS.min(to - from);
     let mut block = p.blocks.start;
     while block < p.blocks.end {
         let blocks = if few { TILE_BLOCKS } else { 2 }.min(p.blocks.end - block);
         let weights = &p.weights[block * p.block_bytes..(block + blocks) * p.block_bytes];
-        let x_bytes = TILE_LINE * TILE_ROWS.min(to - from);
         let panel = Panel::new(weights, blocks, p.k, p.block_bytes, x_bytes, &mut tail);
         // SAFETY: the tiles of all rows and of `blocks` blocks exist; places as promised.
         unsafe {
@@ -493,7 +493,7 @@ impl Steps {
     }
 
     /// # Safety
-    /// As `one_by_four`, for two blocks and two tiles of rows.
+    /// As `one_by_four`, for two blocks and two tiles of rows. `ask`: for the next step's weights, which come from memory.
     unsafe fn two_by_two(&self, go_on: bool, ask: bool, out: *mut f32) {
         // SAFETY: the caller's promise; asking for any address is harmless.
         unsafe {

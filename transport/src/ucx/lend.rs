@@ -276,8 +276,8 @@ pub struct Borrowed(Option<Attached>);
 unsafe impl Send for Borrowed {}
 
 impl Borrowed {
-    /// Copies the beginning of the body in the memory that a peer's `key` names, or else in the one that is attached, to `body`; what it holds counts only if the body
-    /// was still lent to the channel that we call `ours` afterwards.
+    /// Copies the beginning of the body in the memory that a peer's `key` names, or else in the one that is attached, to
+    /// `body`; what it holds counts only if the body was still lent to the channel that we call `ours` afterwards.
     ///
     /// # Errors
     /// That it cannot be reached, with UCX's words.
