@@ -7,6 +7,7 @@
 //! - [`view`]: the immutable picture of the mesh that every frame names
 //! - [`routing`]: from gate logits to chosen experts ([`routing::Routing`]) and from those to one frame per
 //!   expert node ([`routing::DispatchPlan`])
+//! - [`speed`]: which expert nodes are slow
 //! - [`lanes`]: credits for exchanges in flight, what each still owes, and the check of every answer's identity
 
 #![forbid(unsafe_code)]
@@ -16,6 +17,7 @@ pub mod ids;
 pub mod lanes;
 pub mod placement;
 pub mod routing;
+pub mod speed;
 pub mod view;
 
 pub use ids::{ExpertId, Lane, LayerId, NodeId, Role, Seq, Slot, ViewId};

@@ -4,6 +4,7 @@ use std::collections::BTreeMap;
 use std::fmt::Write;
 use std::time::Duration;
 
+use mesh_core::speed::{Took, speeds as speeds_of};
 use mesh_proto::v1::{DrainRequest, RebalanceRequest, RebalanceResponse, StatusResponse};
 use serde::Serialize;
 use serde_json::json;
@@ -14,8 +15,6 @@ use crate::exit::{CliError, Exit};
 use crate::signals::StopSignals;
 use crate::up::print_line;
 
-/// A node is blamed when it takes so many times the usual.
-const BLAME_FACTOR: f64 = 3.0;
 /// Moves that a table shows; all of them are in `--json`.
 const MOVES_SHOWN: usize = 20;
 
@@ -168,20 +167,17 @@ impl Stalls {
                 all.push(Wait { attention: of.0, expert: of.1, answers, ms, us_per_expert });
             }
         }
-        let mut columns: BTreeMap<u32, Vec<f64>> = BTreeMap::new();
-        all.iter().for_each(|w| columns.entry(w.expert).or_default().push(w.us_per_expert));
-        let columns: Vec<(u32, f64)> =
-            columns.into_iter().map(|(slot, of)| (slot, of.iter().sum::<f64>() / of.len() as f64)).collect();
-        let mut sorted: Vec<f64> = columns.iter().map(|(_, cost)| *cost).collect();
-        sorted.sort_by(f64::total_cmp);
-        // The lower of two in the middle: of two nodes the faster is the usual one.
-        let usual = sorted.get(sorted.len().saturating_sub(1) / 2).copied().unwrap_or(0.0);
-        let mut times: BTreeMap<u32, f64> = columns.into_iter().map(|(slot, cost)| (slot, cost / usual)).collect();
+        let mut columns: BTreeMap<u32, Vec<&Wait>> = BTreeMap::new();
+        all.iter().for_each(|w| columns.entry(w.expert).or_default().push(w));
+        let mean = |of: &[&Wait], each: fn(&Wait) -> f64| of.iter().map(|w| each(w)).sum::<f64>() / of.len() as f64;
+        let took = |of: &[&Wait]| Took { unit: mean(of, |w| w.us_per_expert) * 1e3, answer: mean(of, |w| w.ms) * 1e6 };
+        let mut slowest = speeds_of(&columns.iter().map(|(slot, of)| (*slot, took(of))).collect());
         for (slot, speed) in speeds.iter().filter(|(_, speed)| **speed > 0.0) {
-            let known = times.entry(*slot).or_default();
-            *known = known.max(1.0 / speed);
+            let known = slowest.entry(*slot).or_insert(1.0);
+            *known = known.min(*speed);
         }
-        let slow = times.into_iter().filter(|(_, times)| *times >= BLAME_FACTOR).collect();
+        let slow = slowest.into_iter().filter(|(_, speed)| *speed < 1.0).map(|(slot, speed)| (slot, 1.0 / speed));
+        let slow = slow.collect();
         Self { over_s: over.as_secs_f64(), slow, waits: all }
     }
 
@@ -230,10 +226,10 @@ mod tests {
     fn the_node_that_all_wait_for_is_named_by_what_an_expert_takes_there() {
         let before = Waits::from([((0, 2), (10, 1_000_000, 10.0))]);
         let after = Waits::from([
-            ((0, 0), (10, 2_000_000, 20.0)),
-            ((0, 1), (10, 9_000_000, 90.0)),
-            ((0, 2), (20, 11_000_000, 20.0)),
-            ((1, 2), (10, 12_000_000, 10.0)),
+            ((0, 0), (10, 20_000_000, 20.0)),
+            ((0, 1), (10, 90_000_000, 90.0)),
+            ((0, 2), (20, 101_000_000, 20.0)),
+            ((1, 2), (10, 120_000_000, 10.0)),
         ]);
         let usual = BTreeMap::from([(0, 1.0), (1, 1.0), (2, 1.0)]);
         let stalls = Stalls::between(&before, &after, &usual, Duration::from_secs(2));

@@ -3,6 +3,7 @@
 use std::collections::BTreeMap;
 use std::time::{Duration, Instant};
 
+use mesh_core::speed::{self, Took};
 use mesh_core::{NodeId, Slot};
 use mesh_proto::limits::SLOTS_MAX;
 use mesh_proto::v1;
@@ -13,11 +14,6 @@ const RATE_HALF: Duration = Duration::from_secs(20);
 const WAIT_HALF: Duration = Duration::from_secs(1);
 /// After how long without answers a slot counts as usual again, to be given something to do.
 const FORGET: Duration = Duration::from_secs(60);
-/// Slots whose answers take less than so many times the usual are as fast as the others: nodes that share processors differ
-/// by more than nothing, and every move costs.
-const SLOW_FACTOR: f64 = 3.0;
-/// And so are slots whose answers take no longer than this beyond the usual: below, who shares a processor with whom decides.
-const SLOW_MIN_NS: f64 = 1e6;
 /// The slowest that a node counts as.
 const SPEED_MIN: f64 = 0.02;
 
@@ -127,22 +123,10 @@ impl Loads {
             let of = sums.entry(*slot).or_default();
             *of = (of.0 + waited.cost, of.1 + waited.each, of.2 + 1.0);
         }
-        let waits: Vec<(Slot, f64, f64)> =
-            sums.into_iter().map(|(slot, (cost, each, n))| (slot, cost / n, each / n)).collect();
-        let (usual, usual_each) = (middle(waits.iter().map(|w| w.1)), middle(waits.iter().map(|w| w.2)));
-        let speed = |cost: f64, each: f64| {
-            let usual_enough = cost < usual * SLOW_FACTOR || each < usual_each + SLOW_MIN_NS;
-            if usual_enough { 1.0 } else { (usual / cost).max(SPEED_MIN) }
-        };
-        waits.into_iter().map(|(slot, cost, each)| (slot, speed(cost, each))).collect()
+        let means = sums.into_iter().map(|(slot, (cost, each, n))| (slot, Took { unit: cost / n, answer: each / n }));
+        let speeds = speed::speeds(&means.collect());
+        speeds.into_iter().map(|(slot, speed)| (slot, speed.max(SPEED_MIN))).collect()
     }
-}
-
-/// The middle of some values; of two in the middle the lower: of two nodes the faster is the usual one.
-fn middle(values: impl Iterator<Item = f64>) -> f64 {
-    let mut sorted: Vec<f64> = values.collect();
-    sorted.sort_by(f64::total_cmp);
-    sorted.get(sorted.len().saturating_sub(1) / 2).copied().unwrap_or(0.0)
 }
 
 #[cfg(test)]
@@ -173,28 +157,13 @@ mod tests {
     }
 
     #[test]
-    fn a_slot_that_all_wait_for_is_slow_and_small_differences_are_not() {
+    fn who_was_slow_is_known_until_it_is_asked_for_nothing_or_is_another() {
         let (mut loads, now) = (Loads::default(), Instant::now());
-        loads.heartbeat(
-            NodeId(1),
-            &waits(&[(0, MS, 1.0), (1, MS * 12 / 10, 1.0), (2, 11 * MS, 1.0), (3, 5 * MS, 20.0)]),
-            now,
-        );
-        let speeds = loads.speeds(now);
-        assert_eq!((speeds[&Slot(0)], speeds[&Slot(1)]), (1.0, 1.0));
-        assert_eq!(speeds[&Slot(3)], 1.0, "it has more to do for each answer");
-        assert!((speeds[&Slot(2)] - 1.0 / 11.0).abs() < 1e-9, "{speeds:?}");
+        loads.heartbeat(NodeId(1), &waits(&[(0, MS, 1.0), (1, MS * 12 / 10, 1.0), (2, 10 * MS, 1.0)]), now);
+        assert_eq!(loads.speeds(now), BTreeMap::from([(Slot(0), 1.0), (Slot(1), 1.0), (Slot(2), 0.12)]));
         assert!(loads.speeds(now + FORGET).is_empty(), "who is asked for nothing is given another chance");
         loads.forget_slot(Slot(2));
         assert!(!loads.speeds(now).contains_key(&Slot(2)));
         assert!(Loads::default().speeds(now).is_empty());
-    }
-
-    #[test]
-    fn of_two_nodes_the_slower_one_is_slow() {
-        let (mut loads, now) = (Loads::default(), Instant::now());
-        loads.heartbeat(NodeId(1), &waits(&[(0, 10 * MS, 1.0), (1, MS, 1.0)]), now);
-        assert_eq!(loads.speeds(now)[&Slot(1)], 1.0);
-        assert!((loads.speeds(now)[&Slot(0)] - 0.1).abs() < 1e-9);
     }
 }

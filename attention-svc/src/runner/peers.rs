@@ -3,12 +3,13 @@
 
 use std::time::{Duration, Instant};
 
-use mesh_core::{ExpertId, Seq, Slot};
+use mesh_core::{ExpertId, Seq, Slot, speed};
 
 /// How much of a new answer's time goes into the moving average.
 const AVERAGE_SHARE: f64 = 0.05;
-/// After how long without answers a node's average has come halfway to the others': a node that was slow is tried again.
-const FORGET_HALF: Duration = Duration::from_secs(5);
+/// After how long without answers a node's average has come halfway to the usual one: a node that was slow is tried again.
+/// That ten times as slow a one is after some seven seconds: whether it is slow still is learned from its answers alone.
+const FORGET_HALF: Duration = Duration::from_secs(2);
 /// After how long the slowest answer seen counts half.
 const SLOWEST_HALF: Duration = Duration::from_secs(10);
 /// So many times the slowest answer of late is silence.
@@ -236,13 +237,12 @@ impl Peers {
         self.chosen.resize(experts, None);
         self.asked.clear();
         self.asked.resize(self.slots.len(), 0.0);
-        let known = self.slots.iter().filter(|s| s.connected && s.average > 0.0);
-        let (sum, count) = known.fold((0.0, 0), |(sum, count), s| (sum + s.average, count + 1));
-        let mean = if count == 0 { 1.0 } else { sum / f64::from(count) };
+        let usual = speed::usual(self.slots.iter().filter(|s| s.connected && s.average > 0.0).map(|s| s.average));
+        let usual = if usual == 0.0 { 1.0 } else { usual };
         self.costs.clear();
         self.costs.extend(self.slots.iter().map(|s| {
             let halvings = now.saturating_duration_since(s.heard).as_secs_f64() / FORGET_HALF.as_secs_f64();
-            if s.average == 0.0 { mean } else { mean + (s.average - mean) * 0.5f64.powf(halvings) }
+            if s.average == 0.0 { usual } else { usual + (s.average - usual) * 0.5f64.powf(halvings) }
         }));
     }
 
@@ -305,7 +305,9 @@ mod tests {
         let holders: [&[u16]; 8] = [&[0, 1]; 8];
         let of_slow = |got: Vec<Option<u16>>| got.iter().filter(|s| **s == Some(0)).count();
         assert_eq!(of_slow(chosen(&mut peers, &holders, now)), 0);
-        assert!(of_slow(chosen(&mut peers, &holders, now + 10 * FORGET_HALF)) >= 3);
+        let later = now + 10 * FORGET_HALF;
+        peers.answered(Slot(1), Duration::from_millis(1), 1.0, later);
+        assert!(of_slow(chosen(&mut peers, &holders, later)) >= 3, "the other was as fast all the time");
     }
 
     #[test]
