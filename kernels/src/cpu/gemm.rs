@@ -19,7 +19,7 @@ use crate::{Dtype, bf16};
 
 /// Outputs of a tile.
 pub(crate) const TILE_COLS: usize = TILE_BLOCKS * LANES;
-/// How far ahead of a single row's product the weights are asked for: the processor's own prefetchers stop at pages.
+/// How far ahead of a product the weights are asked for, where the processor's own prefetchers, which stop at pages, do worse.
 pub(crate) const PREFETCH_BYTES: usize = 2048;
 
 /// Fewer rows than this are never one of several passes: seven are four and three.
@@ -191,16 +191,16 @@ unsafe fn product_of_rows<S: Simd, const KIND: u8>(
             weights: weights.as_ptr(),
             block_bytes: p.block_bytes,
             k: p.k,
+            passes: (to - from).div_ceil(rows_at_once),
             ahead: None,
             then: weights.as_ptr(),
         };
-        let passes = (to - from).div_ceil(rows_at_once);
         let (mut row, mut pass) = (from, 0);
         while row < to {
             let left = to - row;
-            panel.ahead = ahead(p, block + blocks, passes, pass);
+            panel.ahead = ahead(p, block + blocks, panel.passes, pass);
             pass += 1;
-            if pass == passes {
+            if pass == panel.passes {
                 panel.then = weights.as_ptr_range().end;
             }
             // As even as possible: 4 + 4 rows rather than 6 + 2.
@@ -241,6 +241,8 @@ struct Panel {
     weights: *const u8,
     block_bytes: usize,
     k: usize,
+    /// Times that these weights are read.
+    passes: usize,
     /// Blocks to ask for while these are multiplied.
     ahead: Option<[*const u8; 2]>,
     /// The weights that are multiplied after these.
@@ -261,6 +263,13 @@ const F32: u8 = 0;
 const BF16: u8 = 1;
 /// Inputs that were widened to f32 by weights of bf16.
 const WIDENED: u8 = 2;
+
+/// What weights a micro-kernel asks for meanwhile: none, for the processor's own prefetchers do better.
+const ASK_NOTHING: u8 = 0;
+/// Its own, [`PREFETCH_BYTES`] ahead.
+const ASK_SHORTLY: u8 = 1;
+/// Those of the next panel, [`Panel::ahead`].
+const ASK_NEXT: u8 = 2;
 
 /// Rows that a micro-kernel holds.
 const fn rows_max<S: Simd>(kind: u8) -> usize {
@@ -332,16 +341,19 @@ unsafe fn fill_rows<S: Simd, const KIND: u8, const MR: usize>(
         // SAFETY: blocks `first..first + NR` exist, as does the rest by the caller's promise.
         unsafe {
             if wide == 4 && left >= 4 && MR >= AHEAD_ROWS_MIN && panel.ahead.is_some() {
-                kernel::<S, KIND, MR, 4, true>(s, first, x, panel, tile);
+                kernel::<S, KIND, MR, 4, ASK_NEXT>(s, first, x, panel, tile);
+                first += 4;
+            } else if wide == 4 && left >= 4 && panel.passes == 1 && !S::ASKS_ONCE {
+                kernel::<S, KIND, MR, 4, ASK_NOTHING>(s, first, x, panel, tile);
                 first += 4;
             } else if wide == 4 && left >= 4 {
-                kernel::<S, KIND, MR, 4, false>(s, first, x, panel, tile);
+                kernel::<S, KIND, MR, 4, ASK_SHORTLY>(s, first, x, panel, tile);
                 first += 4;
             } else if wide >= 2 && left >= 2 {
-                kernel::<S, KIND, MR, 2, false>(s, first, x, panel, tile);
+                kernel::<S, KIND, MR, 2, ASK_SHORTLY>(s, first, x, panel, tile);
                 first += 2;
             } else {
-                kernel::<S, KIND, MR, 1, false>(s, first, x, panel, tile);
+                kernel::<S, KIND, MR, 1, ASK_SHORTLY>(s, first, x, panel, tile);
                 first += 1;
             }
         }
@@ -352,7 +364,7 @@ unsafe fn fill_rows<S: Simd, const KIND: u8, const MR: usize>(
 /// # Safety
 /// The first `MR` pointers of `x` are to rows of `k` elements, and blocks `first..first + NR` of the panel exist.
 #[inline(always)]
-unsafe fn kernel<S: Simd, const KIND: u8, const MR: usize, const NR: usize, const AHEAD: bool>(
+unsafe fn kernel<S: Simd, const KIND: u8, const MR: usize, const NR: usize, const ASK: u8>(
     s: S,
     first: usize,
     x: &[*const u8; ROWS_MAX],
@@ -366,12 +378,14 @@ unsafe fn kernel<S: Simd, const KIND: u8, const MR: usize, const NR: usize, cons
         let steps = if KIND == BF16 { panel.k / 2 } else { panel.k };
         for step in 0..steps {
             let at = w.add(step * LANES * 4);
-            if !AHEAD {
+            if ASK == ASK_SHORTLY {
                 for j in 0..NR {
                     s.prefetch(at.wrapping_add(j * panel.block_bytes + PREFETCH_BYTES));
                 }
             }
-            if AHEAD && let Some(ahead) = panel.ahead {
+            if ASK == ASK_NEXT
+                && let Some(ahead) = panel.ahead
+            {
                 s.prefetch_far(ahead[0].wrapping_add(step * LANES * 4));
                 s.prefetch_far(ahead[1].wrapping_add(step * LANES * 4));
             }

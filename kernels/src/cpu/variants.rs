@@ -119,8 +119,10 @@ unsafe fn one_step<S: Simd, const BF16: bool, const MR: usize, const NR: usize>(
     sums: &mut [[S::V; NR]; MR],
 ) {
     let at = w.wrapping_add(step * LANES * 4);
-    for j in 0..NR {
-        s.prefetch(at.wrapping_add(j * p.block_bytes + PREFETCH_BYTES));
+    if S::ASKS_ONCE {
+        for j in 0..NR {
+            s.prefetch(at.wrapping_add(j * p.block_bytes + PREFETCH_BYTES));
+        }
     }
     // SAFETY: the caller's promise.
     unsafe {
