@@ -102,7 +102,7 @@ pub struct Report {
     pub threads: Option<u16>,
     /// Prompt tokens and steps of each decoding stream.
     pub decode: [usize; 2],
-    /// The best of all rounds, with all processors.
+    /// With all processors, the best that was measured before any figure.
     pub limits: Limits,
     /// Where the number of distinct experts in the limits of decode comes from.
     pub distinct_experts: &'static str,
@@ -126,11 +126,13 @@ pub struct Figure {
     pub tokens_per_s: f64,
     /// Each round.
     pub each: Vec<f64>,
-    /// What the machine allows.
+    /// What the machine allows, measured just before each round: others may share its memory. The median.
     pub limit_tokens_per_s: f64,
-    /// By what.
+    /// By what, mostly.
     pub bound: Bound,
-    /// Of the limit.
+    /// Each round's share of its own limit.
+    pub shares: Vec<f64>,
+    /// The median of those.
     pub share: f64,
 }
 
@@ -172,7 +174,7 @@ pub fn run(args: &MeshArgs) -> Result<Report, BenchError> {
     let mut figures = Vec::new();
     for (work, of_work) in works.iter().zip(each) {
         for (shape, each) in shapes.iter().zip(of_work) {
-            figures.push(figure(*work, *shape, each, config, limits));
+            figures.push(figure(*work, *shape, &each, config));
         }
     }
     Ok(Report {
@@ -239,8 +241,10 @@ fn keep_what_fits(
     Ok(())
 }
 
-/// Tokens a second by work, mesh and round, without the warm-up.
-type Each = Vec<Vec<Vec<f64>>>;
+/// What the machine allowed just before, and tokens a second.
+type Measured = (Limits, f64);
+/// By work, mesh and round, without the warm-up.
+type Each = Vec<Vec<Vec<Measured>>>;
 
 async fn rounds(
     args: &MeshArgs,
@@ -249,21 +253,22 @@ async fn rounds(
     works: &[Work],
     probe: &Probe,
 ) -> Result<(Limits, Each), BenchError> {
-    let mut limits = probe.limits();
+    let mut best = probe.limits();
     let mut each = vec![vec![Vec::new(); shapes]; works.len()];
     for round in 0..=args.rounds {
         for (work, of_work) in works.iter().zip(&mut each) {
             for (mesh, of_mesh) in of_work.iter_mut().enumerate() {
+                let limits = probe.limits();
+                best = best.or_better(limits);
                 let rate = tokens_per_s(args, meshes, mesh, *work, round).await?;
                 if round > 0 {
-                    of_mesh.push(rate);
+                    of_mesh.push((limits, rate));
                 }
             }
         }
-        limits = limits.or_better(probe.limits());
         eprintln!("round {round} of {} done{}", args.rounds, if round == 0 { " (warm-up)" } else { "" });
     }
-    Ok((limits, each))
+    Ok((best, each))
 }
 
 async fn tokens_per_s(
@@ -296,11 +301,21 @@ fn limit(work: Work, config: &ModelConfig, limits: Limits) -> (f64, Bound) {
     (tokens as f64 / arithmetic_s.max(read_s), bound)
 }
 
-fn figure(work: Work, shape: MeshShape, each: Vec<f64>, config: &ModelConfig, limits: Limits) -> Figure {
-    let (limit_tokens_per_s, bound) = limit(work, config, limits);
-    let tokens_per_s = median(&each);
-    let share = tokens_per_s / limit_tokens_per_s;
-    Figure { work, shape: shape.to_string(), tokens_per_s, each, limit_tokens_per_s, bound, share }
+fn figure(work: Work, shape: MeshShape, measured: &[Measured], config: &ModelConfig) -> Figure {
+    let (limits, bounds): (Vec<f64>, Vec<Bound>) = measured.iter().map(|(at, _)| limit(work, config, *at)).unzip();
+    let each: Vec<f64> = measured.iter().map(|(_, rate)| *rate).collect();
+    let shares: Vec<f64> = each.iter().zip(&limits).map(|(rate, limit)| rate / limit).collect();
+    let by_reading = bounds.iter().filter(|bound| **bound == Bound::Read).count();
+    Figure {
+        work,
+        shape: shape.to_string(),
+        tokens_per_s: median(&each),
+        limit_tokens_per_s: median(&limits),
+        bound: if 2 * by_reading > bounds.len() { Bound::Read } else { Bound::Arithmetic },
+        share: median(&shares),
+        each,
+        shares,
+    }
 }
 
 fn ratios(shapes: &[MeshShape], figures: &[Figure]) -> Vec<Ratio> {
@@ -329,9 +344,9 @@ impl Report {
         let Limits { threads, gflops, gbytes } = self.limits;
         let _ = writeln!(
             text,
-            "{}\nlimits, {threads} threads, {}: {gflops:.1} GFLOP/s from registers, {gbytes:.1} GB/s streaming read\n\
+            "{}\nlimits, {threads} threads, {}, at best: {gflops:.1} GFLOP/s from registers, {gbytes:.1} GB/s streaming read\n\
              distinct experts of a step: {}\n\n\
-             tokens/s and share of the limit (a: by arithmetic, r: by reading the weights), medians of {} rounds",
+             tokens/s (limit just before by arithmetic a, by reading the weights r; share of it), medians of {} rounds",
             Machine::here().words(),
             self.dtype,
             self.distinct_experts,
@@ -340,17 +355,17 @@ impl Report {
         let mut works: Vec<Work> = self.figures.iter().map(|figure| figure.work).collect();
         works.dedup();
         let of = |work: Work| self.figures.iter().filter(move |figure| figure.work == work);
-        let _ = write!(text, "{:<16} {:>10}", "", "limit");
+        let _ = write!(text, "{:<16}", "");
         works.first().into_iter().flat_map(|work| of(*work)).for_each(|figure| {
-            let _ = write!(text, " {:>16}", figure.shape);
+            let _ = write!(text, " {:>25}", figure.shape);
         });
         text.push('\n');
         for work in works {
-            let Some(first) = of(work).next() else { continue };
-            let by = if first.bound == Bound::Read { 'r' } else { 'a' };
-            let _ = write!(text, "{:<16} {:>8.1} {by}", work.words(), first.limit_tokens_per_s);
+            let _ = write!(text, "{:<16}", work.words());
             for figure in of(work) {
-                let _ = write!(text, " {:>9.1} ({:>3.0}%)", figure.tokens_per_s, 100.0 * figure.share);
+                let by = if figure.bound == Bound::Read { 'r' } else { 'a' };
+                let (rate, limit, share) = (figure.tokens_per_s, figure.limit_tokens_per_s, 100.0 * figure.share);
+                let _ = write!(text, " {rate:>9.1} ({limit:>6.0} {by} {share:>3.0}%)");
             }
             text.push('\n');
         }
@@ -425,6 +440,18 @@ mod tests {
     }
 
     #[test]
+    fn each_round_has_its_own_limit() {
+        let (config, shape) = (config(64), "1A2E:local".parse().unwrap());
+        let at = |gbytes| Limits { threads: 1, gflops: 1e6, gbytes };
+        let allowed = |gbytes| limit(Work::Decode(1), &config, at(gbytes)).0;
+        let measured =
+            [(at(10.0), 0.5 * allowed(10.0)), (at(30.0), 0.6 * allowed(30.0)), (at(20.0), 0.9 * allowed(20.0))];
+        let figure = figure(Work::Decode(1), shape, &measured, &config);
+        assert!((figure.share - 0.6).abs() < 1e-9 && figure.bound == Bound::Read, "{figure:?}");
+        assert!((figure.limit_tokens_per_s / allowed(20.0) - 1.0).abs() < 1e-9);
+    }
+
+    #[test]
     fn transports_stand_beside_the_same_nodes_in_one_process() {
         let shapes: Vec<MeshShape> = ["1A2E:local", "1A2E:tcp", "1A4E:tcp"].map(|s| s.parse().unwrap()).to_vec();
         let limits = Limits { threads: 1, gflops: 1.0, gbytes: 1.0 };
@@ -432,7 +459,7 @@ mod tests {
         let figures: Vec<Figure> = shapes
             .iter()
             .zip(rates)
-            .map(|(shape, rate)| figure(Work::Decode(1), *shape, vec![rate], &config(64), limits))
+            .map(|(shape, rate)| figure(Work::Decode(1), *shape, &[(limits, rate)], &config(64)))
             .collect();
         let ratios = ratios(&shapes, &figures);
         assert_eq!(ratios.len(), 1, "1A4E has no base here");
