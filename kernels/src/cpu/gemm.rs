@@ -228,7 +228,9 @@ unsafe fn product_of_rows<S: Simd, const KIND: u8>(
 fn ahead(p: &Product<'_>, next: usize, passes: usize, pass: usize) -> Option<[*const u8; 2]> {
     let each = if passes < TILE_BLOCKS { 2 } else { 1 };
     let first = next + pass * each;
-    if passes < 2 || pass * each >= TILE_BLOCKS || first + each > p.blocks.end {
+    // Beyond this task's blocks as well: its thread's next task has those that follow.
+    let blocks = p.weights.len() / p.block_bytes.max(1);
+    if passes < 2 || pass * each >= TILE_BLOCKS || first + each > blocks {
         return None;
     }
     let of = |block: usize| p.weights.as_ptr().wrapping_add(block * p.block_bytes);

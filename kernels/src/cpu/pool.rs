@@ -1,4 +1,5 @@
-//! Threads: work is cut into more tasks than threads and taken from a counter, so that a slow core stalls nothing.
+//! Threads: work is cut into more tasks than threads. Each thread has a span of neighbouring tasks, for what it asks memory for
+//! ahead of one is what the next needs, and takes from the others' when its own is done, so that a slow core stalls nothing.
 //!
 //! A decoding step is some hundred calls of some ten microseconds each, and waking a sleeping thread takes as long as such a
 //! call. So a thread without work looks for the next for a while, offering its processor to others all the time, before it
@@ -48,19 +49,35 @@ struct Shared {
 /// A call's work.
 struct Job<'a> {
     body: &'a (dyn Fn(usize) + Sync),
-    tasks: usize,
-    next: AtomicUsize,
+    /// One for each thread, all tasks together.
+    spans: Box<[Span]>,
     panicked: AtomicBool,
 }
 
-impl Job<'_> {
-    fn work(&self) {
-        loop {
-            let task = self.next.fetch_add(1, Ordering::Relaxed);
-            if task >= self.tasks {
-                break;
+/// Tasks that a thread takes one after another, as does whoever has done its own.
+struct Span {
+    next: AtomicUsize,
+    end: usize,
+}
+
+impl<'a> Job<'a> {
+    fn new(body: &'a (dyn Fn(usize) + Sync), tasks: usize, threads: usize) -> Job<'a> {
+        let from = |thread: usize| tasks * thread / threads;
+        let spans = (0..threads).map(|t| Span { next: AtomicUsize::new(from(t)), end: from(t + 1) }).collect();
+        Job { body, spans, panicked: AtomicBool::new(false) }
+    }
+
+    /// Works as thread `thread`, its own span first.
+    fn work(&self, thread: usize) {
+        let (before, from) = self.spans.split_at(thread);
+        for span in from.iter().chain(before) {
+            loop {
+                let task = span.next.fetch_add(1, Ordering::Relaxed);
+                if task >= span.end {
+                    break;
+                }
+                (self.body)(task);
             }
-            (self.body)(task);
         }
     }
 }
@@ -87,7 +104,7 @@ impl Pool {
                 if let Some(first) = bind_from {
                     bind_thread(first + i);
                 }
-                shared.serve();
+                shared.serve(i);
             });
             pool.others.push(thread.map_err(|source| KernelError::Pool { threads, source })?);
         }
@@ -108,14 +125,14 @@ impl Pool {
     /// # Panics
     /// When `body` does, on any thread; the other tasks may then not have run.
     pub fn run(&self, tasks: usize, cost: u64, body: impl Fn(usize) + Sync) {
-        let job = Job { body: &body, tasks, next: AtomicUsize::new(0), panicked: AtomicBool::new(false) };
         let shared = self.threads > 1 && tasks > 1 && cost >= SHARE_COST_MIN;
+        let job = Job::new(&body, tasks, if shared { self.threads } else { 1 });
         let caller = if shared { self.caller.try_lock() } else { Err(TryLockError::WouldBlock) };
         match caller {
             Ok(guard) => self.share(&job, guard),
             // A call that panicked took its job back all the same.
             Err(TryLockError::Poisoned(guard)) => self.share(&job, guard.into_inner()),
-            Err(TryLockError::WouldBlock) => job.work(),
+            Err(TryLockError::WouldBlock) => job.work(0),
         }
         if job.panicked.into_inner() {
             panic!("a task on another thread panicked");
@@ -144,7 +161,7 @@ impl Pool {
             shared.wake.notify_all();
         }
         // SAFETY: it is the caller's, and lives beyond this function.
-        unsafe { (*job).work() };
+        unsafe { (*job).work(0) };
     }
 }
 
@@ -161,8 +178,8 @@ impl Drop for Pool {
 }
 
 impl Shared {
-    /// A thread's life.
-    fn serve(&self) {
+    /// A thread's life; the caller is number 0.
+    fn serve(&self, thread: usize) {
         let mut seen = 0;
         while let Some(jobs) = self.next_job(seen) {
             seen = jobs;
@@ -171,7 +188,7 @@ impl Shared {
             if !job.is_null() {
                 // SAFETY: whoever takes a job back waits, after that, for all who were counted before they saw it.
                 let job = unsafe { &*job };
-                if std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| job.work())).is_err() {
+                if std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| job.work(thread))).is_err() {
                     job.panicked.store(true, Ordering::SeqCst);
                 }
             }
