@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::fmt::Write;
 use std::time::Duration;
 
-use mesh_core::speed::{Took, speeds as speeds_of};
+use mesh_core::speed::{self, Took};
 use mesh_proto::v1::{DrainRequest, RebalanceRequest, RebalanceResponse, StatusResponse};
 use serde::Serialize;
 use serde_json::json;
@@ -171,12 +171,12 @@ impl Stalls {
         all.iter().for_each(|w| columns.entry(w.expert).or_default().push(w));
         let mean = |of: &[&Wait], each: fn(&Wait) -> f64| of.iter().map(|w| each(w)).sum::<f64>() / of.len() as f64;
         let took = |of: &[&Wait]| Took { unit: mean(of, |w| w.us_per_expert) * 1e3, answer: mean(of, |w| w.ms) * 1e6 };
-        let mut slowest = speeds_of(&columns.iter().map(|(slot, of)| (*slot, took(of))).collect());
+        let mut found = speed::speeds(&columns.iter().map(|(slot, of)| (*slot, took(of))).collect());
         for (slot, speed) in speeds.iter().filter(|(_, speed)| **speed > 0.0) {
-            let known = slowest.entry(*slot).or_insert(1.0);
-            *known = known.min(*speed);
+            let slower = found.entry(*slot).or_insert(1.0);
+            *slower = slower.min(*speed);
         }
-        let slow = slowest.into_iter().filter(|(_, speed)| *speed < 1.0).map(|(slot, speed)| (slot, 1.0 / speed));
+        let slow = found.into_iter().filter(|(_, speed)| *speed < 1.0).map(|(slot, speed)| (slot, 1.0 / speed));
         let slow = slow.collect();
         Self { over_s: over.as_secs_f64(), slow, waits: all }
     }

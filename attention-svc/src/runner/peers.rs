@@ -8,7 +8,7 @@ use mesh_core::{ExpertId, Seq, Slot, speed};
 /// How much of a new answer's time goes into the moving average.
 const AVERAGE_SHARE: f64 = 0.05;
 /// After how long without answers a node's average has come halfway to the usual one: a node that was slow is tried again.
-/// That ten times as slow a one is after some seven seconds: whether it is slow still is learned from its answers alone.
+/// One ten times as slow is after some seven seconds. Whether it still is can be learned from its answers alone.
 const FORGET_HALF: Duration = Duration::from_secs(2);
 /// After how long the slowest answer seen counts half.
 const SLOWEST_HALF: Duration = Duration::from_secs(10);
@@ -237,8 +237,10 @@ impl Peers {
         self.chosen.resize(experts, None);
         self.asked.clear();
         self.asked.resize(self.slots.len(), 0.0);
-        let usual = speed::usual(self.slots.iter().filter(|s| s.connected && s.average > 0.0).map(|s| s.average));
-        let usual = if usual == 0.0 { 1.0 } else { usual };
+        // Once for each layer: the costs' room serves for the averages first.
+        self.costs.clear();
+        self.costs.extend(self.slots.iter().filter(|s| s.connected && s.average > 0.0).map(|s| s.average));
+        let usual = if self.costs.is_empty() { 1.0 } else { speed::usual(&mut self.costs) };
         self.costs.clear();
         self.costs.extend(self.slots.iter().map(|s| {
             let halvings = now.saturating_duration_since(s.heard).as_secs_f64() / FORGET_HALF.as_secs_f64();

@@ -27,8 +27,8 @@ pub(crate) trait Simd: Copy {
     /// The same for bf16 weights and inputs that were widened to f32 before, where `dot` is an `fma` with the earlier half and
     /// one with the later; 0 where widening inputs before gains nothing, or was never measured.
     const ROWS_WIDENED: usize = 0;
-    /// Whether products that read the weights once ask for them ahead. The processors with bf16 products but no tiles (Zen 4)
-    /// follow four streams of weights better unasked.
+    /// Whether products that read the weights once ask for them ahead. A Zen 4, which has bf16 products but no tiles, follows
+    /// four streams of weights better unasked; a Xeon like that was never measured.
     const ASKS_ONCE: bool = true;
     /// Attention queries that share one walk over a page.
     const QUERIES: usize;
