@@ -122,19 +122,26 @@ pub struct ProductCase {
     pub gbytes_share: f64,
 }
 
-/// The last rows of a sequence.
+/// The last rows of sequences.
 #[derive(Debug, Serialize)]
 pub struct AttentionCase {
-    /// Query rows.
+    /// Sequences. One's K and V are in a cache, as a prefill finds them; those of several come out of memory, as each layer of
+    /// a decoding step finds them.
+    pub sequences: usize,
+    /// Query rows of each.
     pub rows: usize,
-    /// Tokens of the sequence.
+    /// Tokens of each.
     pub tokens: usize,
     /// Microseconds.
     pub us: f64,
     /// Arithmetic.
     pub gflops: f64,
+    /// K and V, once.
+    pub gbytes: f64,
     /// Of the arithmetic limit.
     pub gflops_share: f64,
+    /// Of the streaming read.
+    pub gbytes_share: f64,
 }
 
 /// Runs it all.
@@ -188,7 +195,7 @@ fn measured(cpu: &Cpu) -> Result<Measured, KernelError> {
         all.push((("ffn", m, HIDDEN), seconds));
     }
     for (rows, tokens) in [(1, 128), (1, 1024), (1, 8192), (64, 512), (512, 512)] {
-        all.push((("attention", rows, tokens), attention_seconds(cpu, rows, tokens)?));
+        all.push((("attention", rows, tokens), attention_seconds(cpu, 1, rows, tokens)?));
     }
     for rows in [1, 32, 512] {
         all.push((("combine", rows, TOP_K), combine_seconds(cpu, rows)?));
@@ -214,8 +221,8 @@ fn backend(options: CpuOptions) -> Result<Backend, KernelError> {
         products.push(("ffn", [m, 3 * INTERMEDIATE, HIDDEN], seconds));
     }
     let mut attention = Vec::new();
-    for (rows, tokens) in [(1, 1024), (64, 512), (512, 512)] {
-        attention.push((rows, tokens, attention_seconds(cpu, rows, tokens)?));
+    for (sequences, rows, tokens) in [(1, 1, 1024), (1, 64, 512), (1, 512, 512), (32, 1, 128), (8, 1, 1024)] {
+        attention.push(([sequences, rows, tokens], attention_seconds(cpu, sequences, rows, tokens)?));
     }
     // Before and after: what a neighbour takes of a shared machine for a while is no limit.
     let limits = before.or_better(probe.limits());
@@ -231,7 +238,7 @@ fn backend(options: CpuOptions) -> Result<Backend, KernelError> {
         limits,
         machine,
         products: products.into_iter().map(|(name, mnk, s)| product(name, mnk, s, limits, dtype)).collect(),
-        attention: attention.into_iter().map(|(rows, tokens, s)| attention_case(rows, tokens, s, limits)).collect(),
+        attention: attention.into_iter().map(|(case, s)| attention_case(case, s, limits, dtype)).collect(),
     })
 }
 
@@ -295,22 +302,33 @@ fn ffn_seconds(cpu: &Cpu) -> Result<Vec<f64>, KernelError> {
     Ok(seconds)
 }
 
-/// The last `rows` rows of a sequence of `tokens`.
-fn attention_seconds(cpu: &Cpu, rows: usize, tokens: usize) -> Result<f64, KernelError> {
+/// The last `rows` rows of each of `sequences` of `tokens`.
+fn attention_seconds(cpu: &Cpu, sequences: usize, rows: usize, tokens: usize) -> Result<f64, KernelError> {
     let width = HEADS * HEAD_DIM;
-    let pages: Vec<u32> = (0..tokens.div_ceil(KV_PAGE_TOKENS) as u32).collect();
-    let shape = KvShape { layers: 1, pages: pages.len(), kv_heads: KV_HEADS, head_dim: HEAD_DIM };
+    let per_sequence = tokens.div_ceil(KV_PAGE_TOKENS);
+    let pages: Vec<u32> = (0..(sequences * per_sequence) as u32).collect();
+    let layer_bytes = 2 * pages.len() * KV_PAGE_TOKENS * KV_HEADS * HEAD_DIM * cpu.dtype().bytes();
+    let layers = if sequences == 1 { 1 } else { walked_bytes().div_ceil(layer_bytes) };
+    let shape = KvShape { layers, pages: pages.len(), kv_heads: KV_HEADS, head_dim: HEAD_DIM };
     let mut cache = cpu.kv_cache(shape);
     let token = vec![0.1; KV_HEADS * HEAD_DIM];
-    for position in 0..tokens {
-        cpu.kv_write(&mut cache, 0, pages[position / KV_PAGE_TOKENS], position % KV_PAGE_TOKENS, &token, &token);
+    for layer in 0..layers {
+        for slot in 0..KV_PAGE_TOKENS {
+            pages.iter().for_each(|page| cpu.kv_write(&mut cache, layer, *page, slot, &token, &token));
+        }
     }
-    let q = vec![0f32; rows * width];
-    let queries: Vec<QueryRow<'_>> =
-        (tokens - rows..tokens).map(|position| QueryRow { pages: &pages, position: position as u32 }).collect();
-    let mut out = RowBuf::new(cpu.dtype(), rows, width)?;
+    let q = vec![0f32; sequences * rows * width];
+    let queries: Vec<QueryRow<'_>> = pages
+        .chunks(per_sequence)
+        .flat_map(|pages| (tokens - rows..tokens).map(move |position| QueryRow { pages, position: position as u32 }))
+        .collect();
+    let mut out = RowBuf::new(cpu.dtype(), queries.len(), width)?;
     let shape = AttentionShape { heads: HEADS, scale: 0.125, window: None };
-    Ok(best_seconds(|| cpu.attention(&cache, 0, &q, width, &queries, shape, out.as_rows_mut())))
+    let mut layer = 0;
+    Ok(best_seconds(|| {
+        cpu.attention(&cache, layer, &q, width, &queries, shape, out.as_rows_mut());
+        layer = (layer + 1) % layers;
+    }))
 }
 
 /// Seconds of a combine of [`TOP_K`] contributions to each of `rows` rows.
@@ -322,10 +340,12 @@ fn combine_seconds(cpu: &Cpu, rows: usize) -> Result<f64, KernelError> {
     Ok(best_seconds(|| cpu.combine(&mut residual, HIDDEN, TOP_K, &terms)))
 }
 
-fn attention_case(rows: usize, tokens: usize, seconds: f64, limits: Limits) -> AttentionCase {
+fn attention_case([sequences, rows, tokens]: [usize; 3], seconds: f64, limits: Limits, dtype: Dtype) -> AttentionCase {
     let pairs: usize = (tokens - rows..tokens).map(|position| position + 1).sum();
-    let gflops = (4 * pairs * HEADS * HEAD_DIM) as f64 / seconds / 1e9;
-    AttentionCase { rows, tokens, us: seconds * 1e6, gflops, gflops_share: gflops / limits.gflops }
+    let gflops = (4 * sequences * pairs * HEADS * HEAD_DIM) as f64 / seconds / 1e9;
+    let gbytes = (2 * sequences * tokens * KV_HEADS * HEAD_DIM * dtype.bytes()) as f64 / seconds / 1e9;
+    let (gflops_share, gbytes_share) = (gflops / limits.gflops, gbytes / limits.gbytes);
+    AttentionCase { sequences, rows, tokens, us: seconds * 1e6, gflops, gbytes, gflops_share, gbytes_share }
 }
 
 impl Report {
@@ -371,12 +391,19 @@ impl Backend {
                 c.name, c.m, c.n, c.k, c.us, c.gflops, c.gbytes
             );
         }
-        for AttentionCase { rows, tokens, us, gflops, gflops_share } in &self.attention {
-            let share = 100.0 * gflops_share;
+        let _ = writeln!(
+            text,
+            "  attention, {HEADS}/{KV_HEADS} heads of {HEAD_DIM}: the last m rows of sequences of n tokens (of one in a cache, \
+             of more out of memory)"
+        );
+        let _ =
+            writeln!(text, "  {:>9} {:>3} {:>5} {:>15} {:>15} {:>14}", "sequences", "m", "n", "us", "GFLOP/s", "GB/s");
+        for c in &self.attention {
+            let (arithmetic, read) = (100.0 * c.gflops_share, 100.0 * c.gbytes_share);
             let _ = writeln!(
                 text,
-                "  attention, last {rows} rows of {tokens} tokens, {HEADS}/{KV_HEADS} heads of {HEAD_DIM}: {us:.1} us, \
-                 {gflops:.1} GFLOP/s ({share:.0}%)"
+                "  {:>9} {:>3} {:>5} {:>15.1} {:>8.1} ({arithmetic:>3.0}%) {:>7.1} ({read:>3.0}%)",
+                c.sequences, c.rows, c.tokens, c.us, c.gflops, c.gbytes
             );
         }
         text
@@ -397,8 +424,10 @@ mod tests {
 
     #[test]
     fn attention_counts_the_pairs_that_each_row_sees() {
-        // Rows at positions 2 and 3 see 3 and 4 keys: 4 x 7 x 1024 operations.
-        let case = attention_case(2, 4, 1e-6, Limits { threads: 1, gflops: 286.72, gbytes: 1.0 });
+        // Rows at positions 2 and 3 see 3 and 4 keys: 4 x 7 x 1024 operations, over 4 x 2 x 256 elements of K and V.
+        let limits = Limits { threads: 1, gflops: 286.72, gbytes: 81.92 };
+        let case = attention_case([1, 2, 4], 1e-6, limits, Dtype::Bf16);
         assert!((case.gflops - 28.672).abs() < 1e-9 && (case.gflops_share - 0.1).abs() < 1e-9);
+        assert!((case.gbytes - 4.096).abs() < 1e-9 && (case.gbytes_share - 0.05).abs() < 1e-9);
     }
 }

@@ -10,6 +10,7 @@
 use super::simd::Simd;
 use crate::kv::KvCache;
 use crate::matrix::LANES;
+use crate::memory::LINE_BYTES;
 use crate::pointwise::sum_lanes;
 use crate::{KV_PAGE_TOKENS, QueryRow, checks};
 
@@ -124,9 +125,15 @@ unsafe fn walk<S: Simd, const N: usize, const STEP: usize, const FIXED: bool>(
                 if !seen_by_any(&queries, start) {
                     continue;
                 }
-                let k = a.cache.k_block(a.layer, pages[step + at], a.kv_head);
-                scores::<S, N>(s, a, &queries, k.as_ptr(), &mut weights[count]);
+                let k = a.cache.k_block(a.layer, pages[step + at], a.kv_head).as_ptr();
                 let v = a.cache.v_block(a.layer, pages[step + at], a.kv_head).as_ptr();
+                let scored = &mut weights[count];
+                if first_pair == 0 {
+                    let next = next_k(a, pages, step + at, page, last);
+                    scores::<S, N, true>(s, a, &queries, k, [next, v], scored);
+                } else {
+                    scores::<S, N, false>(s, a, &queries, k, [k, v], scored);
+                }
                 parts[count] = Part::new(&queries, v, start);
                 count += 1;
             }
@@ -241,23 +248,42 @@ fn seen_by_any<const N: usize>(queries: &[Query; N], start: usize) -> bool {
     any
 }
 
-/// `q . k` of every slot of a page, seen or not.
+/// The K that is scored after page `at` of `first..=last`: of the next page or, as that is what mostly comes next, of the next
+/// head's first page.
+#[inline(always)]
+fn next_k(a: &Attend<'_>, pages: &[u32], at: usize, first: usize, last: usize) -> *const u8 {
+    let (page, head) = if at < last { (at + 1, a.kv_head) } else { (first, a.kv_head + 1) };
+    if head == a.cache.shape().kv_heads {
+        return std::ptr::null();
+    }
+    a.cache.k_block(a.layer, pages[page], head).as_ptr()
+}
+
+/// `q . k` of every slot of a page, seen or not. `ASK`: asks meanwhile for as much of what lies at `ask`.
 /// # Safety
 /// `k` is a block of the cache.
 #[inline(always)]
-unsafe fn scores<S: Simd, const N: usize>(
+unsafe fn scores<S: Simd, const N: usize, const ASK: bool>(
     s: S,
     a: &Attend<'_>,
     queries: &[Query; N],
     k: *const u8,
+    ask: [*const u8; 2],
     scores: &mut Weights,
 ) {
     let dtype = a.cache.dtype();
+    let line_bytes = KV_PAGE_TOKENS * dtype.bytes();
     let mut sums = [[s.splat(0.0); 2]; N];
     for d in 0..a.cache.shape().head_dim {
         // SAFETY: K holds 32 elements, and a query one, for each d.
         unsafe {
-            let line = k.add(d * KV_PAGE_TOKENS * dtype.bytes());
+            let line = k.add(d * line_bytes);
+            if ASK {
+                for at in (0..line_bytes).step_by(LINE_BYTES) {
+                    s.prefetch(ask[0].wrapping_add(d * line_bytes + at));
+                    s.prefetch_far(ask[1].wrapping_add(d * line_bytes + at));
+                }
+            }
             let (low, high) = (s.load_as(dtype, line), s.load_as(dtype, line.add(LANES * dtype.bytes())));
             for i in 0..N {
                 let q = s.splat(*queries[i].q.add(d));
