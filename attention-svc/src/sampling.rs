@@ -132,7 +132,7 @@ impl Sampler {
         seen: &Occurrences,
         place: u32,
     ) -> Result<u32, SampleError> {
-        if let Some(token) = raw.iter().position(|l| !l.is_finite()) {
+        if let Some(token) = first_not_finite(raw) {
             return Err(SampleError::NotFinite { token: token as u32 });
         }
         let logits = if seen.active {
@@ -167,15 +167,26 @@ impl Sampler {
     }
 }
 
+/// Logits that are looked at together, without a branch for each.
+const RUN: usize = 64;
+
+fn first_not_finite(logits: &[f32]) -> Option<usize> {
+    let run = logits.chunks(RUN).position(|run| !run.iter().fold(true, |finite, l| finite & l.is_finite()))?;
+    let within = logits[run * RUN..].iter().position(|l| !l.is_finite())?;
+    Some(run * RUN + within)
+}
+
 /// The largest; of equal ones the first.
 fn argmax(logits: &[f32]) -> Option<usize> {
-    let mut best = 0;
-    for (i, l) in logits.iter().enumerate() {
-        if *l > logits[best] {
-            best = i;
+    let (mut most, mut best) = (f32::NEG_INFINITY, 0);
+    for (index, run) in logits.chunks(RUN).enumerate() {
+        let here = run.iter().fold(f32::NEG_INFINITY, |most, &l| if l > most { l } else { most });
+        if here > most {
+            (most, best) = (here, index);
         }
     }
-    (!logits.is_empty()).then_some(best)
+    let within = logits[best * RUN..].iter().position(|&l| l == most).unwrap_or(0);
+    (!logits.is_empty()).then_some(best * RUN + within)
 }
 
 fn keep_top_k(kept: &mut Vec<Candidate>, k: usize) {
@@ -301,6 +312,11 @@ mod tests {
     #[test]
     fn greedy_takes_the_largest_and_of_equals_the_lowest_id() {
         assert_eq!(choose(&[0.0, 3.0, -1.0, 3.0], &Sampling::default(), &[], 0), 1);
+        let mut many = [-2.0; 200];
+        for (at, expected) in [(199, 199), (130, 130), (131, 130), (64, 64), (0, 0)] {
+            many[at] = -1.0;
+            assert_eq!(choose(&many, &Sampling::default(), &[], 0), expected);
+        }
     }
 
     #[test]
@@ -387,6 +403,10 @@ mod tests {
     fn logits_that_are_no_numbers_are_an_error() {
         let refused = Sampler::default().choose(&[0.0, f32::NAN], &warm(), &Occurrences::default(), 0);
         assert_eq!(refused, Err(SampleError::NotFinite { token: 1 }));
+        let mut late = [0.0; 150];
+        late[140] = f32::INFINITY;
+        let refused = Sampler::default().choose(&late, &warm(), &Occurrences::default(), 0);
+        assert_eq!(refused, Err(SampleError::NotFinite { token: 140 }));
         let refused = Sampler::default().choose(&[], &Sampling::default(), &Occurrences::default(), 0);
         assert_eq!(refused, Err(SampleError::Empty));
     }
