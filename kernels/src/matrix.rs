@@ -11,29 +11,55 @@ use crate::{Dtype, KernelError};
 /// Output channels that lie across the lanes of one packed block.
 pub(crate) const LANES: usize = 16;
 
+/// Blocks of a panel.
+pub(crate) const PANEL_BLOCKS: usize = 4;
+
 /// How a matrix's elements lie.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Layout {
     /// `[n][k]`, as in a checkpoint.
     RowMajor,
-    /// f32: `[n / 16][k][16]`; bf16: `[n / 16][k / 2][16][2]`. `n` and `k` are padded with zeros.
+    /// Blocks of sixteen outputs. f32: `[n / 16][k][16]`; bf16: `[n / 16][k / 2][16][2]`. `n` and `k` are padded with zeros.
     Lanes,
     /// As `Lanes`, with the blocks of two equal halves taken in turn: gate, up, gate, up.
     LanesInTurn,
+    /// The blocks of `Lanes`, four at a time side by side: `[n / 64][k][4][16]`, or `[n / 64][k / 2][4][16][2]`. Whoever
+    /// multiplies four blocks reads one stream. The last panel has the blocks that are left.
+    Panels,
+    /// The same of `LanesInTurn`.
+    PanelsInTurn,
 }
 
 impl Layout {
+    const ALL: [Layout; 5] =
+        [Layout::RowMajor, Layout::Lanes, Layout::LanesInTurn, Layout::Panels, Layout::PanelsInTurn];
+
     /// The layout in a file.
     pub(crate) fn code(self) -> u8 {
         match self {
             Layout::RowMajor => 0,
             Layout::Lanes => 1,
             Layout::LanesInTurn => 2,
+            Layout::Panels => 3,
+            Layout::PanelsInTurn => 4,
         }
     }
 
     pub(crate) fn from_code(code: u8) -> Option<Layout> {
-        [Layout::RowMajor, Layout::Lanes, Layout::LanesInTurn].into_iter().find(|layout| layout.code() == code)
+        Layout::ALL.into_iter().find(|layout| layout.code() == code)
+    }
+
+    /// Whether blocks lie side by side in panels.
+    pub(crate) fn has_panels(self) -> bool {
+        matches!(self, Layout::Panels | Layout::PanelsInTurn)
+    }
+
+    /// Blocks of [`LANES`] outputs, of `n` outputs.
+    fn blocks(self, n: usize) -> usize {
+        match self {
+            Layout::RowMajor | Layout::Lanes | Layout::Panels => n.div_ceil(LANES),
+            Layout::LanesInTurn | Layout::PanelsInTurn => 2 * (n / 2).div_ceil(LANES),
+        }
     }
 }
 
@@ -107,10 +133,7 @@ impl Matrix {
 
     /// Blocks of [`LANES`] outputs.
     pub(crate) fn blocks(&self) -> usize {
-        match self.layout {
-            Layout::RowMajor | Layout::Lanes => self.n.div_ceil(LANES),
-            Layout::LanesInTurn => 2 * (self.n / 2).div_ceil(LANES),
-        }
+        self.layout.blocks(self.n)
     }
 
     /// Row-major in `dtype`, `parts` stacked.
@@ -155,8 +178,7 @@ impl Ffn {
 pub(crate) fn packed_bytes(layout: Layout, dtype: Dtype, n: usize, k: usize) -> usize {
     match layout {
         Layout::RowMajor => n * k * dtype.bytes(),
-        Layout::Lanes => n.div_ceil(LANES) * block_bytes(dtype, k),
-        Layout::LanesInTurn => 2 * (n / 2).div_ceil(LANES) * block_bytes(dtype, k),
+        packed => packed.blocks(n) * block_bytes(dtype, k),
     }
 }
 

@@ -129,7 +129,7 @@ unsafe fn walk<S: Simd, const N: usize, const STEP: usize, const FIXED: bool>(
                 let v = a.cache.v_block(a.layer, pages[step + at], a.kv_head).as_ptr();
                 let scored = &mut weights[count];
                 if first_pair == 0 {
-                    let next = next_k(a, pages, step + at, page, last);
+                    let next = next_k(a, &queries, pages, step + at, page, last);
                     scores::<S, N, true>(s, a, &queries, k, [next, v], scored);
                 } else {
                     scores::<S, N, false>(s, a, &queries, k, [k, v], scored);
@@ -249,11 +249,18 @@ fn seen_by_any<const N: usize>(queries: &[Query; N], start: usize) -> bool {
 }
 
 /// The K that is scored after page `at` of `first..=last`: of the next page or, as that is what mostly comes next, of the next
-/// head's first page.
+/// head's first page. Null where there is none, or nobody sees it: the page may be another sequence's by now.
 #[inline(always)]
-fn next_k(a: &Attend<'_>, pages: &[u32], at: usize, first: usize, last: usize) -> *const u8 {
+fn next_k<const N: usize>(
+    a: &Attend<'_>,
+    queries: &[Query; N],
+    pages: &[u32],
+    at: usize,
+    first: usize,
+    last: usize,
+) -> *const u8 {
     let (page, head) = if at < last { (at + 1, a.kv_head) } else { (first, a.kv_head + 1) };
-    if head == a.cache.shape().kv_heads {
+    if head == a.cache.shape().kv_heads || !seen_by_any(queries, page * KV_PAGE_TOKENS) {
         return std::ptr::null();
     }
     a.cache.k_block(a.layer, pages[page], head).as_ptr()

@@ -4,6 +4,10 @@
 //! A micro-kernel holds `MR` rows x `NR` blocks of sixteen outputs in registers over the whole of K. `MR` and `NR`
 //! change from call to call; what they cannot change is the order in which one element is summed.
 //!
+//! Where rows make a few passes, they pass over a chunk of the panel's inputs at a time, whose weights stay in the first-level
+//! cache meanwhile, and ask for the next chunk; sums between chunks are kept in memory, which changes no bit of them. Many passes
+//! go over a whole panel in the second-level cache and ask for the next panel.
+//!
 //! Where the instruction set has no bf16 products, weights and inputs are widened to f32 as they are multiplied. With many
 //! rows the inputs are widened once before, for all weights: the micro-kernel then has registers for more rows and, next to its
 //! multiplications, little else to do.
@@ -19,9 +23,13 @@ use crate::{Dtype, bf16};
 
 /// Outputs of a tile.
 pub(crate) const TILE_COLS: usize = TILE_BLOCKS * LANES;
-/// How far ahead of a product the weights are asked for, where the processor's own prefetchers, which stop at pages, do worse.
-pub(crate) const PREFETCH_BYTES: usize = 2048;
+/// How many steps of K ahead of a product the weights are asked for, where the processor's own prefetchers do worse.
+pub(crate) const PREFETCH_STEPS: usize = 32;
 
+/// Steps of K whose weights, of a whole panel, stay in a first-level cache of 32 KiB next to those that are asked for.
+const CHUNK_STEPS: usize = 64;
+/// More passes than this compute far longer than weights take to come: a chunk is the panel.
+const CHUNK_PASSES_MAX: usize = 8;
 /// Fewer rows than this are never one of several passes: seven are four and three.
 const AHEAD_ROWS_MIN: usize = 3;
 
@@ -96,6 +104,10 @@ pub(crate) struct Product<'a> {
     pub dtype: Dtype,
     pub k: usize,
     pub block_bytes: usize,
+    /// Whether blocks lie side by side in panels, else one after another.
+    pub panels: bool,
+    /// Whether weights that are read once are asked for ahead.
+    pub asks: bool,
     /// Elements of an output row.
     pub cols: usize,
     pub x: Source<'a>,
@@ -112,27 +124,47 @@ unsafe impl Send for Product<'_> {}
 // SAFETY: as above.
 unsafe impl Sync for Product<'_> {}
 
+/// The sums of one row and a panel.
+#[derive(Clone, Copy)]
 #[repr(C, align(64))]
-struct Tile([[f32; TILE_COLS]; ROWS_MAX]);
+pub(crate) struct Sums([f32; TILE_COLS]);
 
-/// Computes a product's part; `widened` is room for inputs, kept between calls.
+/// What products need beside their operands, kept between calls.
+pub(crate) struct Scratch {
+    sums: Vec<Sums>,
+    /// Inputs.
+    widened: Vec<f32>,
+}
+
+impl Scratch {
+    pub const fn new() -> Scratch {
+        Scratch { sums: Vec::new(), widened: Vec::new() }
+    }
+}
+
+/// Computes a product's part.
 /// # Safety
 /// Rows of `x` hold `k` elements, places of `out` hold `cols`, `rows` and `blocks` exist, and nobody else touches that
 /// part of `out`.
 #[inline(always)]
-pub(crate) unsafe fn product<S: Simd>(s: S, p: &Product<'_>, widened: &mut Vec<f32>) {
+pub(crate) unsafe fn product<S: Simd>(s: S, p: &Product<'_>, scratch: &mut Scratch) {
     let widens = p.dtype == Dtype::Bf16 && S::ROWS_WIDENED > 0 && p.rows.len() > S::ROWS_BF16;
     let element = if widens { size_of::<f32>() } else { p.dtype.bytes() };
     let block_rows = (INPUT_BLOCK_BYTES / (p.k * element).max(1)).max(INPUT_BLOCK_ROWS_MIN);
+    let Scratch { sums, widened } = scratch;
+    let most = block_rows.min(p.rows.len());
+    if sums.len() < most {
+        sums.resize(most, Sums([0.0; TILE_COLS]));
+    }
     let mut from = p.rows.start;
     while from < p.rows.end {
         let to = p.rows.end.min(from + block_rows);
         // SAFETY: the caller's promise, for some of the rows.
         unsafe {
             match p.dtype {
-                Dtype::Bf16 if widens => product_widened(s, p, from, to, widened),
-                Dtype::Bf16 => product_of_rows::<S, BF16>(s, p, from, to, p.x, 0),
-                Dtype::F32 => product_of_rows::<S, F32>(s, p, from, to, p.x, 0),
+                Dtype::Bf16 if widens => product_widened(s, p, from, to, widened, sums),
+                Dtype::Bf16 => product_of_rows::<S, BF16>(s, p, from, to, p.x, 0, sums),
+                Dtype::F32 => product_of_rows::<S, F32>(s, p, from, to, p.x, 0, sums),
             }
         }
         from = to;
@@ -143,7 +175,14 @@ pub(crate) unsafe fn product<S: Simd>(s: S, p: &Product<'_>, widened: &mut Vec<f
 /// # Safety
 /// As `product`, for rows `from..to` of bf16.
 #[inline(always)]
-unsafe fn product_widened<S: Simd>(s: S, p: &Product<'_>, from: usize, to: usize, widened: &mut Vec<f32>) {
+unsafe fn product_widened<S: Simd>(
+    s: S,
+    p: &Product<'_>,
+    from: usize,
+    to: usize,
+    widened: &mut Vec<f32>,
+    sums: &mut [Sums],
+) {
     let stride = p.k.next_multiple_of(2) + WIDENED_APART;
     if widened.len() < (to - from) * stride {
         widened.resize((to - from) * stride, 0.0);
@@ -167,7 +206,7 @@ unsafe fn product_widened<S: Simd>(s: S, p: &Product<'_>, from: usize, to: usize
     let bytes = unsafe { std::slice::from_raw_parts(bytes, size_of_val(widened.as_slice())) };
     let x = Source::Strided { bytes, stride: stride * size_of::<f32>() };
     // SAFETY: the caller's promise, and inputs as just widened.
-    unsafe { product_of_rows::<S, WIDENED>(s, p, from, to, x, from) }
+    unsafe { product_of_rows::<S, WIDENED>(s, p, from, to, x, from, sums) }
 }
 
 /// # Safety
@@ -180,83 +219,135 @@ unsafe fn product_of_rows<S: Simd, const KIND: u8>(
     to: usize,
     inputs: Source<'_>,
     first: usize,
+    sums: &mut [Sums],
 ) {
     let rows_at_once = rows_max::<S>(KIND);
-    let mut tile = Tile([[0.0; TILE_COLS]; ROWS_MAX]);
+    let passes = (to - from).div_ceil(rows_at_once);
+    let steps = if KIND == F32 { p.k } else { p.k.div_ceil(2) };
+    let chunked = p.panels && KIND != WIDENED && (2..=CHUNK_PASSES_MAX).contains(&passes);
+    let chunk = if chunked { CHUNK_STEPS } else { steps };
     let mut block = p.blocks.start;
     while block < p.blocks.end {
-        let blocks = TILE_BLOCKS.min(p.blocks.end - block);
-        let weights = &p.weights[block * p.block_bytes..(block + blocks) * p.block_bytes];
-        let mut panel = Panel {
-            weights: weights.as_ptr(),
-            block_bytes: p.block_bytes,
-            k: p.k,
-            passes: (to - from).div_ceil(rows_at_once),
-            ahead: None,
-            then: weights.as_ptr(),
-        };
-        let (mut row, mut pass) = (from, 0);
-        while row < to {
-            let left = to - row;
-            panel.ahead = ahead(p, block + blocks, panel.passes, pass);
-            pass += 1;
-            if pass == panel.passes {
-                panel.then = weights.as_ptr_range().end;
-            }
-            // As even as possible: 4 + 4 rows rather than 6 + 2.
-            let rows = left.div_ceil(left.div_ceil(rows_at_once));
-            let mut x = [inputs.row(row - first); ROWS_MAX];
-            for i in 1..rows {
-                x[i] = inputs.row(row - first + i);
-            }
-            // SAFETY: `rows` rows of k elements and `blocks` blocks of weights, as sliced and promised.
-            unsafe {
-                fill::<S, KIND>(s, rows, blocks, &x, panel, &mut tile);
-                for i in 0..rows {
-                    finish(s, p, block, blocks, &tile.0[i], p.out.row(row + i));
+        let panel = Panel::of(p, block, passes);
+        let mut begin = 0;
+        loop {
+            let end = steps.min(begin + chunk);
+            let (mut row, mut pass) = (from, 0);
+            while row < to {
+                let left = to - row;
+                // As even as possible: 4 + 4 rows rather than 6 + 2.
+                let rows = left.div_ceil(left.div_ceil(rows_at_once));
+                let mut x = [inputs.row(row - first); ROWS_MAX];
+                for i in 1..rows {
+                    x[i] = inputs.row(row - first + i);
                 }
+                let here =
+                    Pass { steps: begin..end, ask: panel.next_chunk(end, chunk, pass), last: pass + 1 == passes };
+                let sums = &mut sums[row - from..][..rows];
+                // SAFETY: `rows` rows of k elements and the panel's blocks of weights, as promised.
+                unsafe {
+                    fill::<S, KIND>(s, rows, &x, &panel, here, sums);
+                    if end == steps {
+                        for i in 0..rows {
+                            finish(s, p, block, panel.blocks, &sums[i].0, p.out.row(row + i));
+                        }
+                    }
+                }
+                row += rows;
+                pass += 1;
             }
-            row += rows;
+            begin = end;
+            if begin == steps {
+                break;
+            }
         }
-        block += blocks;
+        block += panel.blocks;
     }
 }
 
-/// What pass `pass` over a panel asks for of the next panel, which begins at block `next`. The first of several passes finds
-/// the panel's weights in memory and the others in the cache: asked for evenly by all passes, the next panel comes while they
-/// compute. A single pass waits for memory as it is.
-fn ahead(p: &Product<'_>, next: usize, passes: usize, pass: usize) -> Option<[*const u8; 2]> {
-    let each = if passes < TILE_BLOCKS { 2 } else { 1 };
-    let first = next + pass * each;
-    // Beyond this task's blocks as well: its thread's next task has those that follow.
-    let blocks = p.weights.len() / p.block_bytes.max(1);
-    if passes < 2 || pass * each >= TILE_BLOCKS || first + each > blocks {
-        return None;
-    }
-    let of = |block: usize| p.weights.as_ptr().wrapping_add(block * p.block_bytes);
-    Some([of(first), of(first + each - 1)])
-}
-
-/// Consecutive column blocks of weights.
-#[derive(Clone, Copy)]
-struct Panel {
-    weights: *const u8,
-    block_bytes: usize,
+/// Up to [`TILE_BLOCKS`] column blocks of weights.
+pub(crate) struct Panel<'a> {
+    weights: &'a [u8],
+    /// Where the panel begins in the weights.
+    start: usize,
+    pub blocks: usize,
+    /// Bytes from a block to the next.
+    block_stride: usize,
+    /// Bytes from one step of K to the next, in each block.
+    step_stride: usize,
+    /// Inputs.
     k: usize,
-    /// Times that these weights are read.
+    /// Times that the weights are read.
     passes: usize,
-    /// Blocks to ask for while these are multiplied.
-    ahead: Option<[*const u8; 2]>,
-    /// The weights that are multiplied after these.
-    then: *const u8,
+    /// Whether weights of a chunk follow those of the one before.
+    side_by_side: bool,
+    /// [`Product::asks`].
+    asks: bool,
 }
 
-impl Panel {
-    /// Where the weights of a block for bf16 inputs from `input` on lie.
+impl<'a> Panel<'a> {
+    /// The panel of `p` that begins at `block`.
     #[inline(always)]
-    fn at(&self, block: usize, input: usize) -> *const u8 {
-        self.weights.wrapping_add(block * self.block_bytes + input / 2 * LANES * 4)
+    pub fn of(p: &Product<'a>, block: usize, passes: usize) -> Panel<'a> {
+        let blocks = TILE_BLOCKS.min(p.blocks.end - block);
+        let start = block * p.block_bytes;
+        // Tasks end between panels or with the last one, so all blocks that lie side by side are this part's.
+        assert!(start + blocks * p.block_bytes <= p.weights.len(), "a panel outside of the weights");
+        let (block_stride, step_stride) =
+            if p.panels { (LANES * 4, blocks * LANES * 4) } else { (p.block_bytes, LANES * 4) };
+        let Product { weights, k, panels: side_by_side, asks, .. } = *p;
+        Panel { weights, start, blocks, block_stride, step_stride, k, passes, side_by_side, asks }
     }
+
+    /// Where the weights of a block for a step of K lie.
+    #[inline(always)]
+    pub fn at(&self, block: usize, step: usize) -> *const u8 {
+        self.weights.as_ptr().wrapping_add(self.start + block * self.block_stride + step * self.step_stride)
+    }
+
+    /// `at`, so many blocks and steps further on.
+    #[inline(always)]
+    pub fn further(&self, at: *const u8, blocks: usize, steps: usize) -> *const u8 {
+        at.wrapping_add(blocks * self.block_stride + steps * self.step_stride)
+    }
+
+    /// What pass `pass` over a chunk asks for of the next, whose steps begin with `step`, in quarters: the first of several
+    /// passes would find them in memory, but asked for evenly by all of them they come while these compute. After a panel's
+    /// last chunk that is the next panel's first one, also beyond this task: its thread's next task has those that follow.
+    #[inline(always)]
+    fn next_chunk(&self, step: usize, steps: usize, pass: usize) -> Ask {
+        let each = if self.passes < TILE_BLOCKS { 2 } else { 1 };
+        let quarter = steps * LANES * 4;
+        let next = self.start + step * self.step_stride + pass * each * quarter;
+        if self.passes < 2 || !self.side_by_side || pass * each >= TILE_BLOCKS || next >= self.weights.len() {
+            return Ask::Nothing;
+        }
+        let next = self.weights.as_ptr().wrapping_add(next);
+        match each {
+            2 => Ask::Half([next, next.wrapping_add(quarter)]),
+            _ if self.passes > CHUNK_PASSES_MAX => Ask::QuarterFar(next),
+            _ => Ask::Quarter(next),
+        }
+    }
+}
+
+/// What a pass asks for of the next chunk: as many lines as it has steps, from where on.
+#[derive(Clone, Copy)]
+enum Ask {
+    Nothing,
+    Half([*const u8; 2]),
+    Quarter(*const u8),
+    /// A chunk that is a whole panel, into the second-level cache.
+    QuarterFar(*const u8),
+}
+
+/// Some rows' way over some of a panel's weights.
+struct Pass {
+    /// Of K.
+    steps: Range<usize>,
+    ask: Ask,
+    /// Whether no other rows pass over these weights.
+    last: bool,
 }
 
 /// What a micro-kernel multiplies: f32 by f32.
@@ -268,10 +359,14 @@ const WIDENED: u8 = 2;
 
 /// What weights a micro-kernel asks for meanwhile: none, for the processor's own prefetchers do better.
 const ASK_NOTHING: u8 = 0;
-/// Its own, [`PREFETCH_BYTES`] ahead.
-const ASK_SHORTLY: u8 = 1;
-/// Those of the next panel, [`Panel::ahead`].
-const ASK_NEXT: u8 = 2;
+/// [`Ask::Half`].
+const ASK_HALF: u8 = 1;
+/// [`Ask::Quarter`].
+const ASK_QUARTER: u8 = 2;
+/// [`Ask::QuarterFar`].
+const ASK_FAR: u8 = 3;
+/// Its own, [`PREFETCH_STEPS`] ahead.
+const ASK_SHORTLY: u8 = 4;
 
 /// Rows that a micro-kernel holds.
 const fn rows_max<S: Simd>(kind: u8) -> usize {
@@ -283,158 +378,184 @@ const fn rows_max<S: Simd>(kind: u8) -> usize {
 }
 
 /// # Safety
-/// As `kernel`, for `rows` rows and `blocks` blocks.
+/// As `kernel`, for `rows` rows and all blocks.
 #[inline(always)]
 unsafe fn fill<S: Simd, const KIND: u8>(
     s: S,
     rows: usize,
-    blocks: usize,
     x: &[*const u8; ROWS_MAX],
-    panel: Panel,
-    tile: &mut Tile,
+    panel: &Panel<'_>,
+    pass: Pass,
+    sums: &mut [Sums],
 ) {
     // SAFETY: the caller's promise.
     unsafe {
         match rows {
-            1 => fill_rows::<S, KIND, 1>(s, blocks, x, panel, tile),
-            2 => fill_rows::<S, KIND, 2>(s, blocks, x, panel, tile),
-            3 => fill_rows::<S, KIND, 3>(s, blocks, x, panel, tile),
-            4 => fill_rows::<S, KIND, 4>(s, blocks, x, panel, tile),
-            5 => fill_rows::<S, KIND, 5>(s, blocks, x, panel, tile),
-            _ => fill_rows::<S, KIND, 6>(s, blocks, x, panel, tile),
+            1 => fill_rows::<S, KIND, 1>(s, x, panel, pass, sums),
+            2 => fill_rows::<S, KIND, 2>(s, x, panel, pass, sums),
+            3 => fill_rows::<S, KIND, 3>(s, x, panel, pass, sums),
+            4 => fill_rows::<S, KIND, 4>(s, x, panel, pass, sums),
+            5 => fill_rows::<S, KIND, 5>(s, x, panel, pass, sums),
+            _ => fill_rows::<S, KIND, 6>(s, x, panel, pass, sums),
         }
     }
 }
 
 /// # Safety
-/// As `kernel`, for `blocks` blocks.
+/// As `kernel`, for all blocks.
 #[inline(always)]
 unsafe fn fill_rows<S: Simd, const KIND: u8, const MR: usize>(
     s: S,
-    blocks: usize,
     x: &[*const u8; ROWS_MAX],
-    panel: Panel,
-    tile: &mut Tile,
+    panel: &Panel<'_>,
+    pass: Pass,
+    sums: &mut [Sums],
 ) {
     if MR > rows_max::<S>(KIND) {
         return;
     }
+    assert!(sums.len() >= MR, "a pass has sums for its rows");
+    let (blocks, to) = (panel.blocks, sums.as_mut_ptr().cast::<f32>());
     if KIND == WIDENED {
+        let after = if pass.last { panel.further(panel.at(0, 0), blocks, 0) } else { panel.at(0, 0) };
         for from in (0..panel.k).step_by(WIDENED_INPUTS) {
-            let to = panel.k.min(from + WIDENED_INPUTS);
+            let until = panel.k.min(from + WIDENED_INPUTS);
             for block in 0..blocks {
                 let next = if block + 1 < blocks {
-                    panel.at(block + 1, from)
-                } else if to < panel.k {
-                    panel.at(0, to)
+                    panel.at(block + 1, from / 2)
+                } else if until < panel.k {
+                    panel.at(0, until / 2)
                 } else {
-                    panel.then
+                    after
                 };
                 // SAFETY: the block exists, as does the rest by the caller's promise.
-                unsafe { kernel_widened::<S, MR>(s, block, x, panel, from..to, next, tile) }
+                unsafe { kernel_widened::<S, MR>(s, block, x, panel, from..until, next, to) }
             }
         }
         return;
     }
     let wide = S::blocks(MR, KIND == BF16);
+    let Pass { steps, ask, .. } = pass;
     let mut first = 0;
     while first < blocks {
         let left = blocks - first;
         // SAFETY: blocks `first..first + NR` exist, as does the rest by the caller's promise.
         unsafe {
-            if wide == 4 && left >= 4 && MR >= AHEAD_ROWS_MIN && panel.ahead.is_some() {
-                kernel::<S, KIND, MR, 4, ASK_NEXT>(s, first, x, panel, tile);
-                first += 4;
-            } else if wide == 4 && left >= 4 && panel.passes == 1 && !S::ASKS_ONCE {
-                kernel::<S, KIND, MR, 4, ASK_NOTHING>(s, first, x, panel, tile);
-                first += 4;
-            } else if wide == 4 && left >= 4 {
-                kernel::<S, KIND, MR, 4, ASK_SHORTLY>(s, first, x, panel, tile);
+            if wide == 4 && left >= 4 {
+                match ask {
+                    Ask::Half(ask) if MR >= AHEAD_ROWS_MIN => {
+                        kernel::<S, KIND, MR, 4, ASK_HALF>(s, first, x, panel, steps.clone(), ask, to);
+                    }
+                    Ask::Quarter(ask) if MR >= AHEAD_ROWS_MIN => {
+                        kernel::<S, KIND, MR, 4, ASK_QUARTER>(s, first, x, panel, steps.clone(), [ask; 2], to);
+                    }
+                    Ask::QuarterFar(ask) if MR >= AHEAD_ROWS_MIN => {
+                        kernel::<S, KIND, MR, 4, ASK_FAR>(s, first, x, panel, steps.clone(), [ask; 2], to);
+                    }
+                    _ if panel.passes > 1 || !panel.asks => {
+                        kernel::<S, KIND, MR, 4, ASK_NOTHING>(s, first, x, panel, steps.clone(), [x[0]; 2], to);
+                    }
+                    _ => kernel::<S, KIND, MR, 4, ASK_SHORTLY>(s, first, x, panel, steps.clone(), [x[0]; 2], to),
+                }
                 first += 4;
             } else if wide >= 2 && left >= 2 {
-                kernel::<S, KIND, MR, 2, ASK_SHORTLY>(s, first, x, panel, tile);
+                kernel::<S, KIND, MR, 2, ASK_SHORTLY>(s, first, x, panel, steps.clone(), [x[0]; 2], to);
                 first += 2;
             } else {
-                kernel::<S, KIND, MR, 1, ASK_SHORTLY>(s, first, x, panel, tile);
+                kernel::<S, KIND, MR, 1, ASK_SHORTLY>(s, first, x, panel, steps.clone(), [x[0]; 2], to);
                 first += 1;
             }
         }
     }
 }
 
-/// The micro-kernel.
+/// The micro-kernel: adds the products of `steps` to the sums of its blocks, `MR` rows of [`TILE_COLS`]; step 0 begins them.
 /// # Safety
-/// The first `MR` pointers of `x` are to rows of `k` elements, and blocks `first..first + NR` of the panel exist.
+/// The first `MR` pointers of `x` are to rows of `k` elements, blocks `first..first + NR` of the panel exist, and `sums` has
+/// room for `MR` rows.
+#[allow(clippy::too_many_arguments)]
 #[inline(always)]
 unsafe fn kernel<S: Simd, const KIND: u8, const MR: usize, const NR: usize, const ASK: u8>(
     s: S,
     first: usize,
     x: &[*const u8; ROWS_MAX],
-    panel: Panel,
-    tile: &mut Tile,
+    panel: &Panel<'_>,
+    steps: Range<usize>,
+    ask: [*const u8; 2],
+    sums: *mut f32,
 ) {
-    let mut sums = [[s.splat(0.0); NR]; MR];
-    // SAFETY: every weight read lies in blocks `first..first + NR`, every input in the first k elements of its row.
+    let mut acc = [[s.splat(0.0); NR]; MR];
+    // The last input of an odd number stands alone: its partner is a zero, as in the packed weights.
+    let whole = if KIND == BF16 { steps.end.min(panel.k / 2) } else { steps.end };
+    // SAFETY: every weight read lies in blocks `first..first + NR`, every input in the first k elements of its row, every sum
+    // in its row.
     unsafe {
-        let w = panel.weights.add(first * panel.block_bytes);
-        let steps = if KIND == BF16 { panel.k / 2 } else { panel.k };
-        for step in 0..steps {
-            let at = w.add(step * LANES * 4);
-            if ASK == ASK_SHORTLY {
+        if steps.start > 0 {
+            for i in 0..MR {
                 for j in 0..NR {
-                    s.prefetch(at.wrapping_add(j * panel.block_bytes + PREFETCH_BYTES));
+                    acc[i][j] = s.load(sums.add(i * TILE_COLS + (first + j) * LANES));
                 }
             }
-            if ASK == ASK_NEXT
-                && let Some(ahead) = panel.ahead
-            {
-                s.prefetch_far(ahead[0].wrapping_add(step * LANES * 4));
-                s.prefetch_far(ahead[1].wrapping_add(step * LANES * 4));
+        }
+        for step in steps.start..whole {
+            let at = panel.at(first, step);
+            if ASK == ASK_SHORTLY {
+                for j in 0..NR {
+                    s.prefetch(panel.further(at, j, PREFETCH_STEPS));
+                }
+            }
+            let line = (step - steps.start) * LANES * 4;
+            if ASK == ASK_HALF || ASK == ASK_QUARTER {
+                s.prefetch(ask[0].wrapping_add(line));
+            }
+            if ASK == ASK_HALF {
+                s.prefetch(ask[1].wrapping_add(line));
+            }
+            if ASK == ASK_FAR {
+                s.prefetch_far(ask[0].wrapping_add(line));
             }
             if KIND == BF16 {
                 let mut weights = [s.load_pairs(at.cast()); NR];
                 for j in 1..NR {
-                    weights[j] = s.load_pairs(at.add(j * panel.block_bytes).cast());
+                    weights[j] = s.load_pairs(panel.further(at, j, 0).cast());
                 }
                 for i in 0..MR {
                     let pair = s.pair(x[i].cast::<u32>().add(step).read_unaligned());
                     for j in 0..NR {
-                        sums[i][j] = s.dot(sums[i][j], pair, weights[j]);
+                        acc[i][j] = s.dot(acc[i][j], pair, weights[j]);
                     }
                 }
             } else {
                 let mut weights = [s.load(at.cast()); NR];
                 for j in 1..NR {
-                    weights[j] = s.load(at.add(j * panel.block_bytes).cast());
+                    weights[j] = s.load(panel.further(at, j, 0).cast());
                 }
                 for i in 0..MR {
                     let value = s.splat(x[i].cast::<f32>().add(step).read_unaligned());
                     for j in 0..NR {
-                        sums[i][j] = s.fma(value, weights[j], sums[i][j]);
+                        acc[i][j] = s.fma(value, weights[j], acc[i][j]);
                     }
                 }
             }
         }
-        if KIND == BF16 && panel.k % 2 == 1 {
-            // The last input stands alone: its partner is a zero, as in the packed weights.
+        if whole < steps.end {
             for i in 0..MR {
                 let pair = s.pair(u32::from(x[i].cast::<u16>().add(panel.k - 1).read_unaligned()));
                 for j in 0..NR {
-                    let weights = s.load_pairs(w.add(j * panel.block_bytes + steps * LANES * 4).cast());
-                    sums[i][j] = s.dot(sums[i][j], pair, weights);
+                    acc[i][j] = s.dot(acc[i][j], pair, s.load_pairs(panel.at(first + j, whole).cast()));
                 }
             }
         }
         for i in 0..MR {
             for j in 0..NR {
-                s.store(tile.0[i].as_mut_ptr().add((first + j) * LANES), sums[i][j]);
+                s.store(sums.add(i * TILE_COLS + (first + j) * LANES), acc[i][j]);
             }
         }
     }
 }
 
 /// The micro-kernel of widened inputs: adds the products of `inputs`, an even number of them from an even one on unless they
-/// are the last, to the sums in `tile`; the first inputs begin them. Asks for as many weights from `next` on meanwhile.
+/// are the last, to the sums; the first inputs begin them. Asks for as many weights from `next` on meanwhile.
 /// # Safety
 /// As `kernel`, for one block; rows of `x` are f32 and padded to an even number.
 #[inline(always)]
@@ -442,33 +563,33 @@ unsafe fn kernel_widened<S: Simd, const MR: usize>(
     s: S,
     block: usize,
     x: &[*const u8; ROWS_MAX],
-    panel: Panel,
+    panel: &Panel<'_>,
     inputs: Range<usize>,
     next: *const u8,
-    tile: &mut Tile,
+    sums: *mut f32,
 ) {
-    let mut sums = [s.splat(0.0); MR];
-    // SAFETY: every weight read lies in the block, every input in its row.
+    let mut acc = [s.splat(0.0); MR];
+    // SAFETY: every weight read lies in the block, every input and sum in its row.
     unsafe {
+        let sums = sums.add(block * LANES);
         if inputs.start > 0 {
             for i in 0..MR {
-                sums[i] = s.load(tile.0[i].as_ptr().add(block * LANES));
+                acc[i] = s.load(sums.add(i * TILE_COLS));
             }
         }
-        let w = panel.at(block, inputs.start);
+        let w = panel.at(block, inputs.start / 2);
         for step in 0..inputs.len().div_ceil(2) {
-            let at = w.add(step * LANES * 4);
-            s.prefetch(next.wrapping_add(step * LANES * 4));
+            s.prefetch(panel.further(next, 0, step));
             for half in 0..2 {
-                let weights = s.half(half, at.cast());
+                let weights = s.half(half, panel.further(w, 0, step).cast());
                 for i in 0..MR {
                     let value = s.splat(x[i].cast::<f32>().add(inputs.start + 2 * step + half).read_unaligned());
-                    sums[i] = s.fma(value, weights, sums[i]);
+                    acc[i] = s.fma(value, weights, acc[i]);
                 }
             }
         }
         for i in 0..MR {
-            s.store(tile.0[i].as_mut_ptr().add(block * LANES), sums[i]);
+            s.store(sums.add(i * TILE_COLS), acc[i]);
         }
     }
 }

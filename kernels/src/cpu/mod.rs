@@ -71,6 +71,8 @@ pub struct Cpu {
     bind_from: Option<usize>,
     ropes: RopeTables,
     scratch: Mutex<Vec<RowBuf>>,
+    /// Whether products ask for weights that they read once.
+    asks: bool,
     breaks_invariance: bool,
 }
 
@@ -92,6 +94,7 @@ impl Cpu {
             bind_from,
             ropes: RopeTables::default(),
             scratch: Mutex::default(),
+            asks: isa::asks_ahead(),
             breaks_invariance: false,
         })
     }
@@ -150,7 +153,7 @@ impl Cpu {
         self.pool.run(tasks.len(), cost, |task| {
             // SAFETY: the machine has the instruction set; rows, places and weights have the sizes that the entry
             // checks saw, and the cut gives every task its own part of the places.
-            WIDENED.with_borrow_mut(|widened| unsafe { (self.kernels.product)(&tasks[task], widened) });
+            SCRATCH.with_borrow_mut(|scratch| unsafe { (self.kernels.product)(&tasks[task], scratch) });
         });
     }
 
@@ -187,22 +190,23 @@ impl Compute for Cpu {
     }
 
     fn layout(&self) -> String {
-        format!("lanes{}-{}", crate::matrix::LANES, self.dtype)
+        let blocks = if self.kernels.panels { "panels4x" } else { "lanes" };
+        format!("{blocks}{}-{}", crate::matrix::LANES, self.dtype)
     }
 
     fn pack(&self, parts: &[MatrixView<'_>]) -> Matrix {
-        pack::pack(&self.pool, self.dtype, parts)
+        pack::pack(&self.pool, self.dtype, self.kernels.panels, parts)
     }
 
     fn pack_ffn(&self, gate: MatrixView<'_>, up: MatrixView<'_>, down: MatrixView<'_>) -> Ffn {
-        pack::pack_ffn(&self.pool, self.dtype, gate, up, down)
+        pack::pack_ffn(&self.pool, self.dtype, self.kernels.panels, gate, up, down)
     }
 
     fn linear(&self, w: &Matrix, x: Rows<'_>, out: &mut [f32]) {
         let rows = checks::linear(self.dtype, w, &x, out);
         let x = Source::Strided { bytes: x.bytes, stride: x.cols * self.dtype.bytes() };
         let out = Places::Strided { start: out.as_mut_ptr().cast(), stride: w.n * size_of::<f32>() };
-        self.run_products(&[tasks::product(w, w.n, x, out, rows, Epilogue::Store(Dtype::F32))]);
+        self.run_products(&[tasks::product(w, w.n, x, out, rows, Epilogue::Store(Dtype::F32), self.asks)]);
     }
 
     fn ffn(&self, groups: &mut [FfnGroup<'_>]) {
@@ -224,7 +228,15 @@ impl Compute for Cpu {
             let weights = group.weights;
             let epilogue = Epilogue::SwiGlu(self.dtype);
             let x = Source::Gathered(&group.x);
-            up.push(tasks::product(&weights.gate_up, weights.intermediate(), x, out, group.x.len(), epilogue));
+            up.push(tasks::product(
+                &weights.gate_up,
+                weights.intermediate(),
+                x,
+                out,
+                group.x.len(),
+                epilogue,
+                self.asks,
+            ));
         }
         self.run_products(&up);
         drop(up);
@@ -238,7 +250,15 @@ impl Compute for Cpu {
             inner = after;
             let x = Source::Strided { bytes: here, stride };
             let (epilogue, out) = (Epilogue::Store(self.dtype), Places::Gathered(places));
-            down.push(tasks::product(&group.weights.down, group.weights.hidden(), x, out, places.len(), epilogue));
+            down.push(tasks::product(
+                &group.weights.down,
+                group.weights.hidden(),
+                x,
+                out,
+                places.len(),
+                epilogue,
+                self.asks,
+            ));
         }
         self.run_products(&down);
         drop(down);
@@ -361,6 +381,6 @@ impl Compute for Cpu {
 thread_local! {
     // What attention has summed so far, kept so that decoding allocates nothing.
     static SUMS: std::cell::RefCell<Vec<f32>> = const { std::cell::RefCell::new(Vec::new()) };
-    // Inputs of a product's task, widened; kept for the same reason.
-    static WIDENED: std::cell::RefCell<Vec<f32>> = const { std::cell::RefCell::new(Vec::new()) };
+    // What a product's task needs; kept for the same reason.
+    static SCRATCH: std::cell::RefCell<gemm::Scratch> = const { std::cell::RefCell::new(gemm::Scratch::new()) };
 }

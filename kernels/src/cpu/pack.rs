@@ -1,26 +1,29 @@
 //! Packing: output channels across lanes, once, when weights are loaded.
 
 use super::pool::{Parts, Pool};
-use crate::matrix::{LANES, Layout, Matrix, block_bytes, check_ffn, out_of_memory, stacked_shape};
+use crate::matrix::{LANES, Layout, Matrix, PANEL_BLOCKS, block_bytes, check_ffn, out_of_memory, stacked_shape};
 use crate::memory::AlignedBuf;
 use crate::rows::MatrixView;
 use crate::{Dtype, Ffn, bf16};
 
 /// Inputs packed for all lanes before going on, so that what is written stays in the first-level cache.
-const PANEL: usize = 64;
+const INPUTS: usize = 64;
 
-/// Packs matrices stacked along `n`.
-pub(crate) fn pack(pool: &Pool, dtype: Dtype, parts: &[MatrixView<'_>]) -> Matrix {
+/// Packs matrices stacked along `n`; `panels`: with blocks side by side.
+pub(crate) fn pack(pool: &Pool, dtype: Dtype, panels: bool, parts: &[MatrixView<'_>]) -> Matrix {
     let (n, k) = stacked_shape(parts);
     let rows: Vec<Row<'_>> = parts.iter().flat_map(|part| (0..part.n).map(|i| Row::of(part, i))).collect();
-    let data = pack_lanes(pool, dtype, n.div_ceil(LANES), k, |block| &rows[block * LANES..n.min((block + 1) * LANES)]);
-    Matrix { n, k, dtype, layout: Layout::Lanes, data: data.into() }
+    let rows_of = |block: usize| &rows[block * LANES..n.min((block + 1) * LANES)];
+    let data = pack_lanes(pool, dtype, panels, n.div_ceil(LANES), k, rows_of);
+    let layout = if panels { Layout::Panels } else { Layout::Lanes };
+    Matrix { n, k, dtype, layout, data: data.into() }
 }
 
 /// Packs an FFN, gate and up in turn.
 pub(crate) fn pack_ffn(
     pool: &Pool,
     dtype: Dtype,
+    panels: bool,
     gate: MatrixView<'_>,
     up: MatrixView<'_>,
     down: MatrixView<'_>,
@@ -29,12 +32,13 @@ pub(crate) fn pack_ffn(
     stacked_shape(&[gate, up]);
     let halves = [gate, up].map(|half| (0..half.n).map(|i| Row::of(&half, i)).collect::<Vec<_>>());
     let (n, k) = (gate.n, gate.k);
-    let data = pack_lanes(pool, dtype, 2 * n.div_ceil(LANES), k, |block| {
+    let data = pack_lanes(pool, dtype, panels, 2 * n.div_ceil(LANES), k, |block| {
         let first = block / 2 * LANES;
         &halves[block % 2][first..n.min(first + LANES)]
     });
-    let gate_up = Matrix { n: 2 * n, k, dtype, layout: Layout::LanesInTurn, data: data.into() };
-    Ffn { gate_up, down: pack(pool, dtype, &[down]) }
+    let layout = if panels { Layout::PanelsInTurn } else { Layout::LanesInTurn };
+    let gate_up = Matrix { n: 2 * n, k, dtype, layout, data: data.into() };
+    Ffn { gate_up, down: pack(pool, dtype, panels, &[down]) }
 }
 
 /// One output's weights as the checkpoint holds them.
@@ -55,6 +59,7 @@ impl<'a> Row<'a> {
 fn pack_lanes<'r, 'a: 'r>(
     pool: &Pool,
     dtype: Dtype,
+    panels: bool,
     blocks: usize,
     k: usize,
     rows_of: impl Fn(usize) -> &'r [Row<'a>] + Sync,
@@ -62,26 +67,30 @@ fn pack_lanes<'r, 'a: 'r>(
     let size = block_bytes(dtype, k);
     let mut data = AlignedBuf::for_weights(blocks * size).unwrap_or_else(|error| out_of_memory(&error));
     let shared = Parts::new(data.as_mut_slice());
-    pool.run(blocks, (blocks * size) as u64, |block| {
-        // SAFETY: blocks do not overlap, and `data` outlives the run.
-        let out = unsafe { shared.part(block * size, size) };
-        let rows = rows_of(block);
-        for from in (0..k).step_by(PANEL) {
-            let to = k.min(from + PANEL);
-            for (lane, row) in rows.iter().enumerate() {
-                pack_lane(dtype, *row, lane, from, to, out);
+    let side_by_side = if panels { PANEL_BLOCKS } else { 1 };
+    pool.run(blocks.div_ceil(side_by_side), (blocks * size) as u64, |panel| {
+        let first = panel * side_by_side;
+        let width = side_by_side.min(blocks - first);
+        // SAFETY: panels do not overlap, and `data` outlives the run.
+        let out = unsafe { shared.part(first * size, width * size) };
+        for from in (0..k).step_by(INPUTS) {
+            let to = k.min(from + INPUTS);
+            for block in 0..width {
+                for (lane, row) in rows_of(first + block).iter().enumerate() {
+                    pack_lane(dtype, *row, block * LANES + lane, width * LANES, from, to, out);
+                }
             }
         }
     });
     data
 }
 
-/// Inputs `from..to` (from an even number) of one lane.
-fn pack_lane(dtype: Dtype, row: Row<'_>, lane: usize, from: usize, to: usize, out: &mut [u8]) {
+/// Inputs `from..to` (from an even number) of one lane of `lanes` that lie side by side.
+fn pack_lane(dtype: Dtype, row: Row<'_>, lane: usize, lanes: usize, from: usize, to: usize, out: &mut [u8]) {
     match dtype {
         Dtype::F32 => {
-            let out = &mut out.as_chunks_mut::<4>().0[from * LANES + lane..];
-            let places = out.iter_mut().step_by(LANES);
+            let out = &mut out.as_chunks_mut::<4>().0[from * lanes + lane..];
+            let places = out.iter_mut().step_by(lanes);
             match row.dtype {
                 Dtype::F32 => {
                     for (place, value) in places.zip(&row.bytes.as_chunks::<4>().0[from..to]) {
@@ -97,8 +106,8 @@ fn pack_lane(dtype: Dtype, row: Row<'_>, lane: usize, from: usize, to: usize, ou
         }
         Dtype::Bf16 => {
             // Pairs of neighbouring inputs; a last odd one keeps the zero beside it.
-            let out = &mut out.as_chunks_mut::<4>().0[from / 2 * LANES + lane..];
-            let places = out.iter_mut().step_by(LANES);
+            let out = &mut out.as_chunks_mut::<4>().0[from / 2 * lanes + lane..];
+            let places = out.iter_mut().step_by(lanes);
             match row.dtype {
                 Dtype::Bf16 => {
                     for (place, pair) in places.zip(row.bytes[from * 2..to * 2].chunks(4)) {

@@ -4,12 +4,12 @@
 //! access is not. Everything is `inline(always)` and ends up in the `target_feature` entries of `table`.
 
 use crate::Dtype;
-use crate::matrix::LANES;
+use crate::matrix::{LANES, PANEL_BLOCKS};
 
 /// Most rows that a micro-kernel takes at once, on any instruction set.
 pub(crate) const ROWS_MAX: usize = 6;
 /// Column blocks in a tile: what is computed before the epilogue runs.
-pub(crate) const TILE_BLOCKS: usize = 4;
+pub(crate) const TILE_BLOCKS: usize = PANEL_BLOCKS;
 
 /// Sixteen lanes of f32 and what the kernels need of them.
 pub(crate) trait Simd: Copy {
@@ -27,9 +27,6 @@ pub(crate) trait Simd: Copy {
     /// The same for bf16 weights and inputs that were widened to f32 before, where `dot` is an `fma` with the earlier half and
     /// one with the later; 0 where widening inputs before gains nothing, or was never measured.
     const ROWS_WIDENED: usize = 0;
-    /// Whether products that read the weights once ask for them ahead. A Zen 4, which has bf16 products but no tiles, follows
-    /// four streams of weights better unasked; a Xeon like that was never measured.
-    const ASKS_ONCE: bool = true;
     /// Attention queries that share one walk over a page.
     const QUERIES: usize;
 

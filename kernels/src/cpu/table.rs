@@ -1,7 +1,7 @@
 //! The kernels' entries, compiled once for each instruction set, and the table that holds one set of them.
 
 use super::attend::{Attend, STEP_PAGES, attend};
-use super::gemm::{Product, product};
+use super::gemm::{Product, Scratch, product};
 use super::isa::Isa;
 use super::portable::Portable;
 use super::simd::{ROWS_MAX, Simd};
@@ -12,7 +12,9 @@ use crate::{Dtype, Term, pointwise};
 
 /// One instruction set's kernels. Every entry is unsafe to call where the machine lacks the set, and as its body says.
 pub(crate) struct Kernels {
-    pub product: unsafe fn(&Product<'_>, &mut Vec<f32>),
+    /// Whether weights are packed in panels for it.
+    pub panels: bool,
+    pub product: unsafe fn(&Product<'_>, &mut Scratch),
     pub attend: unsafe fn(&Attend<'_>, &mut Vec<f32>),
     pub rms_norm_row: unsafe fn(Dtype, &[f32], &[f32], f32, &mut [u8]),
     pub rms_norm_head: unsafe fn(&mut [f32], &[f32], f32),
@@ -137,16 +139,17 @@ fn exp<S: Simd>(s: S, x: &mut [f32; LANES]) {
     unsafe { s.store(x.as_mut_ptr(), s.exp(s.load(x.as_ptr()))) }
 }
 
-/// Compiles every kernel with `features` on, around a `$simd` that may then be assumed.
+/// Compiles every kernel with `features` on, around a `$simd` that may then be assumed. `$panels`: whether it multiplies four
+/// blocks of weights at once, which then lie side by side.
 macro_rules! entries {
-    ($name:ident, $assume:expr $(, $features:literal)?) => {
+    ($name:ident, $panels:literal, $assume:expr $(, $features:literal)?) => {
         mod $name {
             use super::*;
 
             $(#[target_feature(enable = $features)])?
-            unsafe fn product(p: &Product<'_>, widened: &mut Vec<f32>) {
+            unsafe fn product(p: &Product<'_>, scratch: &mut Scratch) {
                 // SAFETY: the table is only taken where the machine has the instruction set; the rest is the caller's.
-                unsafe { super::product($assume, p, widened) }
+                unsafe { super::product($assume, p, scratch) }
             }
 
             $(#[target_feature(enable = $features)])?
@@ -214,9 +217,9 @@ macro_rules! entries {
             }
 
             $(#[target_feature(enable = $features)])?
-            unsafe fn breaking_product(p: &Product<'_>, widened: &mut Vec<f32>) {
+            unsafe fn breaking_product(p: &Product<'_>, scratch: &mut Scratch) {
                 // SAFETY: as above.
-                unsafe { variants::product($assume, p, widened) }
+                unsafe { variants::product($assume, p, scratch) }
             }
 
             $(#[target_feature(enable = $features)])?
@@ -238,6 +241,7 @@ macro_rules! entries {
             };
 
             pub(super) const KERNELS: Kernels = Kernels {
+                panels: $panels,
                 product,
                 attend,
                 rms_norm_row,
@@ -256,25 +260,30 @@ macro_rules! entries {
     };
 }
 
-entries!(portable, Portable);
+entries!(portable, false, Portable);
 #[cfg(target_arch = "x86_64")]
-entries!(avx2, crate::cpu::x86::Avx2::assume(), "avx2,fma");
+entries!(avx2, false, crate::cpu::x86::Avx2::assume(), "avx2,fma");
 #[cfg(target_arch = "x86_64")]
-entries!(avx512, crate::cpu::x86::Avx512::assume(), "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma");
+entries!(avx512, true, crate::cpu::x86::Avx512::assume(), "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma");
 #[cfg(target_arch = "x86_64")]
-entries!(avx512_bf16, crate::cpu::x86::Avx512Bf16::assume(), "avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,avx2,fma");
+entries!(
+    avx512_bf16,
+    true,
+    crate::cpu::x86::Avx512Bf16::assume(),
+    "avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,avx2,fma"
+);
 /// AMX: bf16 products on tiles, all else as AVX-512 does it.
 #[cfg(target_arch = "x86_64")]
 mod amx_bf16 {
     use super::*;
     use crate::cpu::amx;
 
-    unsafe fn product(p: &Product<'_>, widened: &mut Vec<f32>) {
+    unsafe fn product(p: &Product<'_>, scratch: &mut Scratch) {
         // SAFETY: the caller's promise, for whichever holds of the dtype.
         unsafe {
             match p.dtype {
                 Dtype::Bf16 => amx::product(p),
-                Dtype::F32 => (avx512_bf16::KERNELS.product)(p, widened),
+                Dtype::F32 => (avx512_bf16::KERNELS.product)(p, scratch),
             }
         }
     }
@@ -289,12 +298,13 @@ mod amx_bf16 {
         }
     }
 
-    pub(super) const KERNELS: Kernels = Kernels { product, spin, ..avx512_bf16::KERNELS };
+    // A tile is read where its block lies: blocks apart.
+    pub(super) const KERNELS: Kernels = Kernels { panels: false, product, spin, ..avx512_bf16::KERNELS };
     // A tile of rows costs what one row does, and four tiles of sums are in flight: no other order of K is faster.
-    pub(super) const BREAKING: Kernels = Kernels { product, spin, ..avx512_bf16::BREAKING };
+    pub(super) const BREAKING: Kernels = Kernels { panels: false, product, spin, ..avx512_bf16::BREAKING };
 }
 #[cfg(target_arch = "aarch64")]
-entries!(neon, crate::cpu::neon::Neon::assume(), "neon");
+entries!(neon, false, crate::cpu::neon::Neon::assume(), "neon");
 
 // A tile has no more rows than the largest micro-kernel anywhere.
 const _: () = assert!(Portable::ROWS_F32 <= ROWS_MAX && Portable::ROWS_BF16 <= ROWS_MAX);

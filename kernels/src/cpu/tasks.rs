@@ -12,7 +12,7 @@ const TASK_ROWS_MIN: usize = 48;
 /// What reading a weight costs next to one multiply-accumulate: as much as this many rows.
 const READ_COST: u64 = 4;
 
-/// A whole product.
+/// A whole product; `asks`: for weights that it reads once, ahead.
 pub(crate) fn product<'a>(
     w: &'a Matrix,
     cols: usize,
@@ -20,12 +20,15 @@ pub(crate) fn product<'a>(
     out: Places<'a>,
     rows: usize,
     epilogue: Epilogue,
+    asks: bool,
 ) -> Product<'a> {
     Product {
         weights: w.data.as_slice(),
         dtype: w.dtype,
         k: w.k,
         block_bytes: w.block_bytes(),
+        panels: w.layout.has_panels(),
+        asks,
         cols,
         x,
         out,
@@ -96,6 +99,8 @@ mod tests {
                 dtype: Dtype::F32,
                 k: 4096,
                 block_bytes: 0,
+                panels: false,
+                asks: false,
                 cols: blocks * 16,
                 x: Source::Gathered(&[]),
                 out: Places::Gathered(&[]),

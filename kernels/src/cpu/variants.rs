@@ -9,7 +9,7 @@
 #![allow(clippy::needless_range_loop)]
 
 use super::attend::{self, Attend};
-use super::gemm::{self, PREFETCH_BYTES, Product, TILE_COLS};
+use super::gemm::{self, PREFETCH_STEPS, Panel, Product, Scratch, TILE_COLS};
 use super::simd::{Simd, TILE_BLOCKS};
 use crate::matrix::LANES;
 use crate::{Dtype, Term, bf16};
@@ -22,7 +22,7 @@ const STEP_PAGES: usize = 16;
 /// # Safety
 /// As [`gemm::product`].
 #[inline(always)]
-pub(crate) unsafe fn product<S: Simd>(s: S, p: &Product<'_>, widened: &mut Vec<f32>) {
+pub(crate) unsafe fn product<S: Simd>(s: S, p: &Product<'_>, scratch: &mut Scratch) {
     // SAFETY: the caller's promise.
     unsafe {
         match (p.rows.len(), p.dtype) {
@@ -32,7 +32,7 @@ pub(crate) unsafe fn product<S: Simd>(s: S, p: &Product<'_>, widened: &mut Vec<f
             (1, Dtype::F32) => few::<S, false, 1, 4>(s, p),
             (2, Dtype::F32) => few::<S, false, 2, 2>(s, p),
             (FEW_ROWS, Dtype::F32) => few::<S, false, FEW_ROWS, 2>(s, p),
-            _ => gemm::product(s, p, widened),
+            _ => gemm::product(s, p, scratch),
         }
     }
 }
@@ -47,16 +47,16 @@ unsafe fn few<S: Simd, const BF16: bool, const MR: usize, const PARTS: usize>(s:
     }
     let mut block = p.blocks.start;
     while block < p.blocks.end {
-        let blocks = TILE_BLOCKS.min(p.blocks.end - block);
-        let weights = p.weights[block * p.block_bytes..(block + blocks) * p.block_bytes].as_ptr();
+        let panel = Panel::of(p, block, 1);
+        let blocks = panel.blocks;
         let mut tile = [[0f32; TILE_COLS]; MR];
-        // SAFETY: the panel was sliced; the rest is the caller's promise.
+        // SAFETY: the panel exists; the rest is the caller's promise.
         unsafe {
             if blocks == TILE_BLOCKS && S::blocks(MR, BF16) == TILE_BLOCKS {
-                in_parts::<S, BF16, MR, TILE_BLOCKS, PARTS>(s, p, weights, &x, &mut tile, 0);
+                in_parts::<S, BF16, MR, TILE_BLOCKS, PARTS>(s, p, &panel, &x, &mut tile, 0);
             } else {
                 for first in 0..blocks {
-                    in_parts::<S, BF16, MR, 1, PARTS>(s, p, weights, &x, &mut tile, first);
+                    in_parts::<S, BF16, MR, 1, PARTS>(s, p, &panel, &x, &mut tile, first);
                 }
             }
             for i in 0..MR {
@@ -68,12 +68,12 @@ unsafe fn few<S: Simd, const BF16: bool, const MR: usize, const PARTS: usize>(s:
 }
 
 /// # Safety
-/// As `few`, for blocks `first..first + NR` of the panel at `weights`.
+/// As `few`, for blocks `first..first + NR` of the panel.
 #[inline(always)]
 unsafe fn in_parts<S: Simd, const BF16: bool, const MR: usize, const NR: usize, const PARTS: usize>(
     s: S,
     p: &Product<'_>,
-    weights: *const u8,
+    panel: &Panel<'_>,
     x: &[*const u8; MR],
     tile: &mut [[f32; TILE_COLS]; MR],
     first: usize,
@@ -81,17 +81,16 @@ unsafe fn in_parts<S: Simd, const BF16: bool, const MR: usize, const NR: usize, 
     let mut sums = [[[s.splat(0.0); NR]; MR]; PARTS];
     // SAFETY: every weight read lies in the blocks, every input in the first k elements of its row.
     unsafe {
-        let w = weights.add(first * p.block_bytes);
         let steps = if BF16 { p.k.div_ceil(2) } else { p.k };
         let mut step = 0;
         while step + PARTS <= steps {
             for part in 0..PARTS {
-                one_step::<S, BF16, MR, NR>(s, p, w, x, step + part, &mut sums[part]);
+                one_step::<S, BF16, MR, NR>(s, p, panel, first, x, step + part, &mut sums[part]);
             }
             step += PARTS;
         }
         while step < steps {
-            one_step::<S, BF16, MR, NR>(s, p, w, x, step, &mut sums[0]);
+            one_step::<S, BF16, MR, NR>(s, p, panel, first, x, step, &mut sums[0]);
             step += 1;
         }
         for i in 0..MR {
@@ -108,20 +107,22 @@ unsafe fn in_parts<S: Simd, const BF16: bool, const MR: usize, const NR: usize, 
 
 /// Adds the products of one step of K.
 /// # Safety
-/// As `in_parts`, `w` being where the first of its blocks begins.
+/// As `in_parts`.
+#[allow(clippy::too_many_arguments)]
 #[inline(always)]
 unsafe fn one_step<S: Simd, const BF16: bool, const MR: usize, const NR: usize>(
     s: S,
     p: &Product<'_>,
-    w: *const u8,
+    panel: &Panel<'_>,
+    first: usize,
     x: &[*const u8; MR],
     step: usize,
     sums: &mut [[S::V; NR]; MR],
 ) {
-    let at = w.wrapping_add(step * LANES * 4);
-    if S::ASKS_ONCE {
+    let at = panel.at(first, step);
+    if p.asks {
         for j in 0..NR {
-            s.prefetch(at.wrapping_add(j * p.block_bytes + PREFETCH_BYTES));
+            s.prefetch(panel.further(at, j, PREFETCH_STEPS));
         }
     }
     // SAFETY: the caller's promise.
@@ -129,7 +130,7 @@ unsafe fn one_step<S: Simd, const BF16: bool, const MR: usize, const NR: usize>(
         if BF16 {
             let mut weights = [s.load_pairs(at.cast()); NR];
             for j in 1..NR {
-                weights[j] = s.load_pairs(at.add(j * p.block_bytes).cast());
+                weights[j] = s.load_pairs(panel.further(at, j, 0).cast());
             }
             for i in 0..MR {
                 // The last input of an odd number stands alone.
@@ -146,7 +147,7 @@ unsafe fn one_step<S: Simd, const BF16: bool, const MR: usize, const NR: usize>(
         } else {
             let mut weights = [s.load(at.cast()); NR];
             for j in 1..NR {
-                weights[j] = s.load(at.add(j * p.block_bytes).cast());
+                weights[j] = s.load(panel.further(at, j, 0).cast());
             }
             for i in 0..MR {
                 let value = s.splat(x[i].cast::<f32>().add(step).read_unaligned());

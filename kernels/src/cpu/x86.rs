@@ -128,7 +128,6 @@ impl Simd for Avx512Bf16 {
     type Pairs = __m512i;
 
     const ROWS_BF16: usize = 6;
-    const ASKS_ONCE: bool = false;
 
     #[inline(always)]
     fn blocks(_rows: usize, _bf16: bool) -> usize {
