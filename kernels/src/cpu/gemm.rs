@@ -4,9 +4,8 @@
 //! A micro-kernel holds `MR` rows x `NR` blocks of sixteen outputs in registers over the whole of K. `MR` and `NR`
 //! change from call to call; what they cannot change is the order in which one element is summed.
 //!
-//! Where rows make a few passes, they pass over a chunk of the panel's inputs at a time, whose weights stay in the first-level
-//! cache meanwhile, and ask for the next chunk; sums between chunks are kept in memory, which changes no bit of them. Many passes
-//! go over a whole panel in the second-level cache and ask for the next panel.
+//! Where rows make several passes, they pass over a chunk of the panel's inputs at a time, whose weights stay in a cache
+//! meanwhile, and ask for the next chunk; sums between chunks are kept in memory, which changes no bit of them.
 //!
 //! Where the instruction set has no bf16 products, weights and inputs are widened to f32 as they are multiplied. With many
 //! rows the inputs are widened once before, for all weights: the micro-kernel then has registers for more rows and, next to its
@@ -28,8 +27,10 @@ pub(crate) const PREFETCH_STEPS: usize = 32;
 
 /// Steps of K whose weights, of a whole panel, stay in a first-level cache of 32 KiB next to those that are asked for.
 const CHUNK_STEPS: usize = 64;
-/// More passes than this compute far longer than weights take to come: a chunk is the panel.
+/// More passes than this compute far longer than weights take to come.
 const CHUNK_PASSES_MAX: usize = 8;
+/// Their chunk, in the second-level cache: sums go to memory and back less often.
+const CHUNK_STEPS_MANY: usize = 256;
 /// Fewer rows than this are never one of several passes: seven are four and three.
 const AHEAD_ROWS_MIN: usize = 3;
 
@@ -224,8 +225,12 @@ unsafe fn product_of_rows<S: Simd, const KIND: u8>(
     let rows_at_once = rows_max::<S>(KIND);
     let passes = (to - from).div_ceil(rows_at_once);
     let steps = if KIND == F32 { p.k } else { p.k.div_ceil(2) };
-    let chunked = p.panels && KIND != WIDENED && (2..=CHUNK_PASSES_MAX).contains(&passes);
-    let chunk = if chunked { CHUNK_STEPS } else { steps };
+    let chunk = match passes {
+        _ if !p.panels || KIND == WIDENED => steps,
+        0..=1 => steps,
+        2..=CHUNK_PASSES_MAX => CHUNK_STEPS.min(steps),
+        _ => CHUNK_STEPS_MANY.min(steps),
+    };
     let mut block = p.blocks.start;
     while block < p.blocks.end {
         let panel = Panel::of(p, block, passes);
@@ -323,11 +328,7 @@ impl<'a> Panel<'a> {
             return Ask::Nothing;
         }
         let next = self.weights.as_ptr().wrapping_add(next);
-        match each {
-            2 => Ask::Half([next, next.wrapping_add(quarter)]),
-            _ if self.passes > CHUNK_PASSES_MAX => Ask::QuarterFar(next),
-            _ => Ask::Quarter(next),
-        }
+        if each == 2 { Ask::Half([next, next.wrapping_add(quarter)]) } else { Ask::Quarter(next) }
     }
 }
 
@@ -337,8 +338,6 @@ enum Ask {
     Nothing,
     Half([*const u8; 2]),
     Quarter(*const u8),
-    /// A chunk that is a whole panel, into the second-level cache.
-    QuarterFar(*const u8),
 }
 
 /// Some rows' way over some of a panel's weights.
@@ -363,10 +362,8 @@ const ASK_NOTHING: u8 = 0;
 const ASK_HALF: u8 = 1;
 /// [`Ask::Quarter`].
 const ASK_QUARTER: u8 = 2;
-/// [`Ask::QuarterFar`].
-const ASK_FAR: u8 = 3;
 /// Its own, [`PREFETCH_STEPS`] ahead.
-const ASK_SHORTLY: u8 = 4;
+const ASK_SHORTLY: u8 = 3;
 
 /// Rows that a micro-kernel holds.
 const fn rows_max<S: Simd>(kind: u8) -> usize {
@@ -449,9 +446,6 @@ unsafe fn fill_rows<S: Simd, const KIND: u8, const MR: usize>(
                     Ask::Quarter(ask) if MR >= AHEAD_ROWS_MIN => {
                         kernel::<S, KIND, MR, 4, ASK_QUARTER>(s, first, x, panel, steps.clone(), [ask; 2], to);
                     }
-                    Ask::QuarterFar(ask) if MR >= AHEAD_ROWS_MIN => {
-                        kernel::<S, KIND, MR, 4, ASK_FAR>(s, first, x, panel, steps.clone(), [ask; 2], to);
-                    }
                     _ if panel.passes > 1 || !panel.asks => {
                         kernel::<S, KIND, MR, 4, ASK_NOTHING>(s, first, x, panel, steps.clone(), [x[0]; 2], to);
                     }
@@ -510,9 +504,6 @@ unsafe fn kernel<S: Simd, const KIND: u8, const MR: usize, const NR: usize, cons
             }
             if ASK == ASK_HALF {
                 s.prefetch(ask[1].wrapping_add(line));
-            }
-            if ASK == ASK_FAR {
-                s.prefetch_far(ask[0].wrapping_add(line));
             }
             if KIND == BF16 {
                 let mut weights = [s.load_pairs(at.cast()); NR];
