@@ -225,8 +225,10 @@ unsafe fn product_of_rows<S: Simd, const KIND: u8>(
     let rows_at_once = rows_max::<S>(KIND);
     let passes = (to - from).div_ceil(rows_at_once);
     let steps = if KIND == F32 { p.k } else { p.k.div_ceil(2) };
+    // Inputs are widened where a micro-kernel multiplies one block: those lie apart.
+    assert!(KIND != WIDENED || !p.panels, "widened inputs and blocks side by side");
     let chunk = match passes {
-        _ if !p.panels || KIND == WIDENED => steps,
+        _ if !p.panels => steps,
         0..=1 => steps,
         2..=CHUNK_PASSES_MAX => CHUNK_STEPS.min(steps),
         _ => CHUNK_STEPS_MANY.min(steps),
@@ -467,7 +469,6 @@ unsafe fn fill_rows<S: Simd, const KIND: u8, const MR: usize>(
 /// # Safety
 /// The first `MR` pointers of `x` are to rows of `k` elements, blocks `first..first + NR` of the panel exist, and `sums` has
 /// room for `MR` rows.
-#[allow(clippy::too_many_arguments)]
 #[inline(always)]
 unsafe fn kernel<S: Simd, const KIND: u8, const MR: usize, const NR: usize, const ASK: u8>(
     s: S,
@@ -548,7 +549,7 @@ unsafe fn kernel<S: Simd, const KIND: u8, const MR: usize, const NR: usize, cons
 /// The micro-kernel of widened inputs: adds the products of `inputs`, an even number of them from an even one on unless they
 /// are the last, to the sums; the first inputs begin them. Asks for as many weights from `next` on meanwhile.
 /// # Safety
-/// As `kernel`, for one block; rows of `x` are f32 and padded to an even number.
+/// As `kernel`, for one block of those that lie apart; rows of `x` are f32 and padded to an even number.
 #[inline(always)]
 unsafe fn kernel_widened<S: Simd, const MR: usize>(
     s: S,
@@ -570,9 +571,10 @@ unsafe fn kernel_widened<S: Simd, const MR: usize>(
         }
         let w = panel.at(block, inputs.start / 2);
         for step in 0..inputs.len().div_ceil(2) {
-            s.prefetch(panel.further(next, 0, step));
+            let line = step * LANES * 4;
+            s.prefetch(next.wrapping_add(line));
             for half in 0..2 {
-                let weights = s.half(half, panel.further(w, 0, step).cast());
+                let weights = s.half(half, w.add(line).cast());
                 for i in 0..MR {
                     let value = s.splat(x[i].cast::<f32>().add(inputs.start + 2 * step + half).read_unaligned());
                     acc[i] = s.fma(value, weights, acc[i]);

@@ -108,7 +108,6 @@ unsafe fn in_parts<S: Simd, const BF16: bool, const MR: usize, const NR: usize, 
 /// Adds the products of one step of K.
 /// # Safety
 /// As `in_parts`.
-#[allow(clippy::too_many_arguments)]
 #[inline(always)]
 unsafe fn one_step<S: Simd, const BF16: bool, const MR: usize, const NR: usize>(
     s: S,
