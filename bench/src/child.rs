@@ -1,6 +1,7 @@
 //! The other processes of a run: this same program, started again, under orders on its standard input.
 
 use std::io::{BufRead, BufReader, Write};
+use std::path::Path;
 use std::process::{Child, ChildStdin, ChildStdout, Command, Stdio};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -13,7 +14,7 @@ use mesh_transport::{Limits, TransportKind, bind};
 use crate::BenchError;
 use crate::nodes::{self, Attention, RoundTrip, credentials};
 use crate::raw::{self, PlainClient};
-use crate::ucp;
+use crate::{turns, ucp};
 
 /// How long a child may take to end by itself.
 const GRACE: Duration = Duration::from_secs(2);
@@ -47,6 +48,8 @@ pub enum ChildRole {
         /// Whom it connects to.
         servers: Vec<String>,
     },
+    /// Experts' FFNs; says what it computes with, and answers `ROWS MILLISECONDS` with the microseconds of a call.
+    Ffns(turns::ChildArgs),
 }
 
 /// The body of a child process.
@@ -80,10 +83,12 @@ pub fn run(role: ChildRole) -> Result<(), BenchError> {
         }
         ChildRole::UcpServer => ucp::serve(say),
         ChildRole::PlainClient { servers } => obey(&mut PlainClient::connect(&servers)?),
+        ChildRole::Ffns(args) => turns::obey(&args),
     }
 }
 
-fn say(line: &str) -> Result<(), BenchError> {
+/// A line to the parent.
+pub fn say(line: &str) -> Result<(), BenchError> {
     let mut out = std::io::stdout().lock();
     writeln!(out, "{line}").and_then(|()| out.flush()).map_err(BenchError::io("report to the parent"))
 }
@@ -94,19 +99,26 @@ fn wait_for_end_of_input() {
 
 fn obey(end: &mut dyn RoundTrip) -> Result<(), BenchError> {
     say("ready")?;
+    orders(|rows, time| {
+        end.begin()?;
+        let until = Instant::now() + time;
+        while Instant::now() < until {
+            end.round_trip(rows.min(nodes::ROWS_MAX))?;
+        }
+        end.end()?;
+        say("done")
+    })
+}
+
+/// Runs `body` with the rows and the time that each line of input orders.
+pub fn orders(mut body: impl FnMut(usize, Duration) -> Result<(), BenchError>) -> Result<(), BenchError> {
     for line in std::io::stdin().lock().lines() {
         let line = line.map_err(BenchError::io("read an order"))?;
         let mut words = line.split_whitespace().map(str::parse::<u64>);
         let (Some(Ok(rows)), Some(Ok(millis))) = (words.next(), words.next()) else {
             return Err(BenchError::Other(format!("no order: {line:?}")));
         };
-        end.begin()?;
-        let until = Instant::now() + Duration::from_millis(millis);
-        while Instant::now() < until {
-            end.round_trip((rows as usize).min(nodes::ROWS_MAX))?;
-        }
-        end.end()?;
-        say("done")?;
+        body(rows as usize, Duration::from_millis(millis))?;
     }
     Ok(())
 }
@@ -123,8 +135,13 @@ pub struct Process {
 impl Process {
     /// Starts this program again as `args`.
     pub fn start(args: &[String]) -> Result<Self, BenchError> {
-        let start = BenchError::io("start a process");
-        let program = std::env::current_exe().map_err(&start)?;
+        let program = std::env::current_exe().map_err(BenchError::io("find this program"))?;
+        Self::start_of(&program, args)
+    }
+
+    /// Starts another build of it.
+    pub fn start_of(program: &Path, args: &[String]) -> Result<Self, BenchError> {
+        let start = |source| BenchError::File { path: program.to_owned(), source };
         let mut command = Command::new(program);
         command.arg("child").args(args).stdin(Stdio::piped()).stdout(Stdio::piped());
         let mut child = command.spawn().map_err(start)?;
@@ -144,7 +161,7 @@ impl Process {
         }
     }
 
-    /// Orders round trips of `rows` rows for `time`; `hear` then returns when they are done.
+    /// Orders `rows` rows over and over for `time`; `hear` then returns when that is done.
     pub fn order(&mut self, rows: usize, time: Duration) -> Result<(), BenchError> {
         self.tell(&format!("{rows} {}", time.as_millis()))
     }

@@ -52,6 +52,15 @@ pub enum BenchError {
         /// Where it was looked for.
         path: PathBuf,
     },
+    /// A program does not do what a mesh-bench of this kind does.
+    #[error(
+        "{} ended at once as a process of this run; --beside wants another build's mesh-bench, of a commit that knows \
+         --beside too", program.display()
+    )]
+    Stranger {
+        /// Which.
+        program: PathBuf,
+    },
     /// Not one mesh would fit.
     #[error(
         "a mesh of this model needs about {needed_mib} MiB and this machine has {available_mib} MiB to spare; make a \

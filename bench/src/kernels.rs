@@ -1,6 +1,6 @@
 //! What the CPU backend reaches beside what this machine can do: products, expert FFNs and attention as shares of its
 //! arithmetic from registers and its streaming read. With `--invariance`, beside variants of the same kernels that break
-//! batch invariance: what the promise costs.
+//! batch invariance: what the promise costs. With `--beside`, those of two builds in turns.
 
 use std::fmt::Write as _;
 
@@ -16,6 +16,7 @@ use serde::Serialize;
 use crate::about::{JsonArg, processors};
 use crate::error::BenchError;
 use crate::limits::{Limits, Probe, best_seconds, walked_bytes};
+use crate::turns::{self, Turns, TurnsArgs};
 
 const HIDDEN: usize = 1024;
 const INTERMEDIATE: usize = 512;
@@ -42,6 +43,9 @@ pub struct KernelsArgs {
     /// Measures instead what batch invariance costs: each kernel and its variant that breaks it, in turn.
     #[arg(long)]
     pub invariance: bool,
+    /// Another build.
+    #[command(flatten)]
+    pub turns: TurnsArgs,
     /// Where the results go.
     #[command(flatten)]
     pub json: JsonArg,
@@ -54,6 +58,8 @@ pub struct Report {
     pub backends: Vec<Backend>,
     /// One for each dtype, with `--invariance`.
     pub invariance: Vec<Invariance>,
+    /// One for each dtype, with `--beside`.
+    pub turns: Vec<Turns>,
 }
 
 /// One backend beside its variant that breaks invariance.
@@ -147,13 +153,15 @@ pub struct AttentionCase {
 /// Runs it all.
 ///
 /// # Errors
-/// The backend cannot be made on this machine.
+/// The backend cannot be made on this machine, or the other build does not run.
 pub fn run(args: &KernelsArgs) -> Result<Report, BenchError> {
-    let mut report = Report { backends: Vec::new(), invariance: Vec::new() };
+    let mut report = Report { backends: Vec::new(), invariance: Vec::new(), turns: Vec::new() };
     for dtype in [Dtype::Bf16, Dtype::F32] {
         let isa = args.isa.filter(|isa| isa.suits(dtype));
         let options = CpuOptions { dtype, threads: args.threads.into(), isa, bind_from: None };
-        if args.invariance {
+        if let Some(other) = &args.turns.beside {
+            report.turns.push(turns::run(&args.turns, other, options)?);
+        } else if args.invariance {
             report.invariance.push(invariance(options)?);
         } else {
             report.backends.push(backend(options)?);
@@ -283,23 +291,39 @@ fn linear_seconds(cpu: &Cpu, n: usize, k: usize) -> Result<Vec<f64>, KernelError
 
 /// The same of an expert's FFN.
 fn ffn_seconds(cpu: &Cpu) -> Result<Vec<f64>, KernelError> {
-    let (n, k) = (INTERMEDIATE, HIDDEN);
-    let stored = weights(n, k);
-    let view = MatrixView { dtype: Dtype::F32, n, k, bytes: &stored };
-    let copies = walked_bytes() / (3 * n * k * cpu.dtype().bytes());
-    let packed: Vec<Ffn> = (0..copies).map(|_| cpu.pack_ffn(view, view, MatrixView { n: k, k: n, ..view })).collect();
-    let mut copy = 0;
-    let mut seconds = Vec::new();
-    for m in ROWS {
-        let (x, mut out) = (written_rows(cpu.dtype(), m, k)?, written_rows(cpu.dtype(), m, k)?);
-        seconds.push(best_seconds(|| {
-            let x = (0..m).map(|row| x.as_rows().row(row)).collect();
-            let out = out.as_rows_mut().bytes.chunks_mut(k * cpu.dtype().bytes()).collect();
-            cpu.ffn(&mut [FfnGroup { weights: &packed[copy], x, out }]);
-            copy = (copy + 1) % copies;
-        }));
+    let mut ffns = Ffns::new(cpu);
+    ROWS.into_iter().map(|rows| Ok(best_seconds(ffns.calls(rows)?))).collect()
+}
+
+/// Experts' FFNs that no cache holds.
+pub struct Ffns<'a> {
+    cpu: &'a Cpu,
+    packed: Vec<Ffn>,
+    next: usize,
+}
+
+impl<'a> Ffns<'a> {
+    /// As many as [`walked_bytes`] are.
+    pub fn new(cpu: &'a Cpu) -> Self {
+        let (n, k) = (INTERMEDIATE, HIDDEN);
+        let stored = weights(n, k);
+        let view = MatrixView { dtype: Dtype::F32, n, k, bytes: &stored };
+        let count = walked_bytes() / (3 * n * k * cpu.dtype().bytes());
+        let packed = (0..count).map(|_| cpu.pack_ffn(view, view, MatrixView { n: k, k: n, ..view })).collect();
+        Self { cpu, packed, next: 0 }
     }
-    Ok(seconds)
+
+    /// What sends `rows` rows through the next of them at each call.
+    pub fn calls(&mut self, rows: usize) -> Result<impl FnMut(), KernelError> {
+        let Self { cpu, packed, next } = self;
+        let (x, mut out) = (written_rows(cpu.dtype(), rows, HIDDEN)?, written_rows(cpu.dtype(), rows, HIDDEN)?);
+        Ok(move || {
+            let x = (0..rows).map(|row| x.as_rows().row(row)).collect();
+            let out = out.as_rows_mut().bytes.chunks_mut(HIDDEN * cpu.dtype().bytes()).collect();
+            cpu.ffn(&mut [FfnGroup { weights: &packed[*next], x, out }]);
+            *next = (*next + 1) % packed.len();
+        })
+    }
 }
 
 /// The last `rows` rows of each of `sequences` of `tokens`.
@@ -351,7 +375,11 @@ fn attention_case([sequences, rows, tokens]: [usize; 3], seconds: f64, limits: L
 impl Report {
     /// As text.
     pub fn table(&self) -> String {
-        self.backends.iter().map(Backend::table).chain(self.invariance.iter().map(Invariance::table)).collect()
+        let backends = self.backends.iter().map(Backend::table);
+        backends
+            .chain(self.invariance.iter().map(Invariance::table))
+            .chain(self.turns.iter().map(Turns::table))
+            .collect()
     }
 }
 

@@ -7,7 +7,7 @@
 //! - `child`: the other processes of a run
 //! - `ucp`: the same bytes over plain UCP; `perftest`: `ucx_perftest`, where it is installed
 //! - `report`: its table and JSON
-//! - `kernels`: products, expert FFNs and attention beside `limits`, what the machine can do at best
+//! - `kernels`: products, expert FFNs and attention beside `limits`, what the machine can do at best; `turns`: two builds of them
 //! - `model`: random checkpoints to measure with; `cost`: what work on a model costs at least
 //! - `mesh`: whole meshes in turns, beside those limits; `growth`: how cost grows with sizes; `meshes`: starting, loading
 //!   and stopping them; `chart`: pictures
@@ -31,6 +31,7 @@ mod nodes;
 mod perftest;
 mod raw;
 mod report;
+mod turns;
 mod ucp;
 
 use std::process::ExitCode;
