@@ -70,11 +70,12 @@ impl Probe {
         &self.cpu
     }
 
-    /// Measures, for less than half a second.
+    /// Measures, for some six tenths of a second.
     pub fn limits(&self) -> Limits {
         let (mut operations, mut bytes) = (0, 0);
         let spin = best_seconds(|| operations = self.cpu.probe_arithmetic(ROUNDS));
-        let read = best_seconds(|| bytes = self.cpu.probe_read(&self.weights));
+        let mut read = |ahead| best_seconds(|| bytes = self.cpu.probe_read(&self.weights, ahead));
+        let read = read(true).min(read(false));
         Limits { threads: self.threads, gflops: operations as f64 / spin / 1e9, gbytes: bytes as f64 / read / 1e9 }
     }
 }

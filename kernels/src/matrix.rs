@@ -28,11 +28,35 @@ pub(crate) enum Layout {
     Panels,
     /// The same of `LanesInTurn`.
     PanelsInTurn,
+    /// As `Panels`, two at a time.
+    Pairs,
+    /// The same of `LanesInTurn`.
+    PairsInTurn,
 }
 
 impl Layout {
-    const ALL: [Layout; 5] =
-        [Layout::RowMajor, Layout::Lanes, Layout::LanesInTurn, Layout::Panels, Layout::PanelsInTurn];
+    const ALL: [Layout; 7] = [
+        Layout::RowMajor,
+        Layout::Lanes,
+        Layout::LanesInTurn,
+        Layout::Panels,
+        Layout::PanelsInTurn,
+        Layout::Pairs,
+        Layout::PairsInTurn,
+    ];
+
+    /// With so many blocks side by side, those of two halves in turn or not.
+    pub(crate) fn of_blocks(side_by_side: usize, in_turn: bool) -> Layout {
+        match (side_by_side, in_turn) {
+            (1, false) => Layout::Lanes,
+            (1, true) => Layout::LanesInTurn,
+            (2, false) => Layout::Pairs,
+            (2, true) => Layout::PairsInTurn,
+            (PANEL_BLOCKS, false) => Layout::Panels,
+            (PANEL_BLOCKS, true) => Layout::PanelsInTurn,
+            _ => unreachable!("no instruction set packs {side_by_side} blocks side by side"),
+        }
+    }
 
     /// The layout in a file.
     pub(crate) fn code(self) -> u8 {
@@ -42,6 +66,8 @@ impl Layout {
             Layout::LanesInTurn => 2,
             Layout::Panels => 3,
             Layout::PanelsInTurn => 4,
+            Layout::Pairs => 5,
+            Layout::PairsInTurn => 6,
         }
     }
 
@@ -49,16 +75,20 @@ impl Layout {
         Layout::ALL.into_iter().find(|layout| layout.code() == code)
     }
 
-    /// Whether blocks lie side by side in panels.
-    pub(crate) fn has_panels(self) -> bool {
-        matches!(self, Layout::Panels | Layout::PanelsInTurn)
+    /// Blocks that lie side by side.
+    pub(crate) fn side_by_side(self) -> usize {
+        match self {
+            Layout::RowMajor | Layout::Lanes | Layout::LanesInTurn => 1,
+            Layout::Pairs | Layout::PairsInTurn => 2,
+            Layout::Panels | Layout::PanelsInTurn => PANEL_BLOCKS,
+        }
     }
 
     /// Blocks of [`LANES`] outputs, of `n` outputs.
     fn blocks(self, n: usize) -> usize {
         match self {
-            Layout::RowMajor | Layout::Lanes | Layout::Panels => n.div_ceil(LANES),
-            Layout::LanesInTurn | Layout::PanelsInTurn => 2 * (n / 2).div_ceil(LANES),
+            Layout::RowMajor | Layout::Lanes | Layout::Panels | Layout::Pairs => n.div_ceil(LANES),
+            Layout::LanesInTurn | Layout::PanelsInTurn | Layout::PairsInTurn => 2 * (n / 2).div_ceil(LANES),
         }
     }
 }

@@ -149,7 +149,7 @@ thread_local! {
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,avx2,fma")]
 pub(crate) unsafe fn product(p: &Product<'_>) {
     debug_assert_eq!(p.dtype, Dtype::Bf16);
-    assert!(!p.panels, "tiles of weights lie by blocks");
+    assert!(p.side_by_side == 1, "tiles of weights lie by blocks");
     let steps = p.k.div_ceil(TILE_INPUTS);
     let block_rows = (INPUT_BLOCK_BYTES / (steps * TILE_LINE).max(1)).next_multiple_of(SUM_ROWS);
     SCRATCH.with_borrow_mut(|Scratch { inputs, sums }| {

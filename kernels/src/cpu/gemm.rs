@@ -7,9 +7,9 @@
 //! Where rows make several passes, they pass over a chunk of the panel's inputs at a time, whose weights stay in a cache
 //! meanwhile, and ask for the next chunk; sums between chunks are kept in memory, which changes no bit of them.
 //!
-//! Where the instruction set has no bf16 products, weights and inputs are widened to f32 as they are multiplied. With many
-//! rows the inputs are widened once before, for all weights: the micro-kernel then has registers for more rows and, next to its
-//! multiplications, little else to do.
+//! Where the instruction set has no bf16 products, weights and inputs are widened to f32 as they are multiplied. With more
+//! than a few rows the inputs are widened once before, for all weights: the micro-kernel then has registers for more rows and,
+//! next to its multiplications, little else to do.
 
 // Micro-kernels index registers by constants; iterators in their place would hide the shape of the code that results.
 #![allow(clippy::needless_range_loop)]
@@ -40,11 +40,10 @@ const INPUT_BLOCK_BYTES: usize = 256 << 10;
 /// Fewer rows than this would read the weights too often.
 const INPUT_BLOCK_ROWS_MIN: usize = 48;
 
-/// Inputs of a widened row that a micro-kernel takes before it goes on to other weights: those of all its rows stay in the
-/// first-level cache meanwhile.
-const WIDENED_INPUTS: usize = 256;
+/// Rows of which a micro-kernel of widened inputs has sums for two blocks that lie side by side.
+const WIDENED_ROWS_OF_TWO: usize = 3;
 /// Elements between widened rows: those of neighbours at the same place go to different lines of the cache.
-const WIDENED_APART: usize = WIDENED_INPUTS;
+const WIDENED_APART: usize = 256;
 
 /// Where input rows lie.
 #[derive(Clone, Copy)]
@@ -105,8 +104,8 @@ pub(crate) struct Product<'a> {
     pub dtype: Dtype,
     pub k: usize,
     pub block_bytes: usize,
-    /// Whether blocks lie side by side in panels, else one after another.
-    pub panels: bool,
+    /// Blocks that lie side by side: 1 where they lie one after another.
+    pub side_by_side: usize,
     /// Whether weights that are read once are asked for ahead.
     pub asks: bool,
     /// Elements of an output row.
@@ -149,7 +148,8 @@ impl Scratch {
 /// part of `out`.
 #[inline(always)]
 pub(crate) unsafe fn product<S: Simd>(s: S, p: &Product<'_>, scratch: &mut Scratch) {
-    let widens = p.dtype == Dtype::Bf16 && S::ROWS_WIDENED > 0 && p.rows.len() > S::ROWS_BF16;
+    let rows_as_they_are = if p.dtype == Dtype::Bf16 { S::ROWS_BF16 } else { S::ROWS_F32 };
+    let widens = S::ROWS_WIDENED > 0 && p.rows.len() > rows_as_they_are;
     let element = if widens { size_of::<f32>() } else { p.dtype.bytes() };
     let block_rows = (INPUT_BLOCK_BYTES / (p.k * element).max(1)).max(INPUT_BLOCK_ROWS_MIN);
     let Scratch { sums, widened } = scratch;
@@ -163,7 +163,8 @@ pub(crate) unsafe fn product<S: Simd>(s: S, p: &Product<'_>, scratch: &mut Scrat
         // SAFETY: the caller's promise, for some of the rows.
         unsafe {
             match p.dtype {
-                Dtype::Bf16 if widens => product_widened(s, p, from, to, widened, sums),
+                Dtype::Bf16 if widens => product_widened::<S, WIDENED>(s, p, from, to, widened, sums),
+                Dtype::F32 if widens => product_widened::<S, WIDENED_F32>(s, p, from, to, widened, sums),
                 Dtype::Bf16 => product_of_rows::<S, BF16>(s, p, from, to, p.x, 0, sums),
                 Dtype::F32 => product_of_rows::<S, F32>(s, p, from, to, p.x, 0, sums),
             }
@@ -172,11 +173,12 @@ pub(crate) unsafe fn product<S: Simd>(s: S, p: &Product<'_>, scratch: &mut Scrat
     }
 }
 
-/// Widens rows `from..to` and computes their part. An odd number of inputs is followed by a zero, as in the packed weights.
+/// Widens rows `from..to`, or copies those of f32, and computes their part. An odd number of inputs is followed by a zero, as in
+/// the packed weights.
 /// # Safety
-/// As `product`, for rows `from..to` of bf16.
+/// As `product`, for rows `from..to`.
 #[inline(always)]
-unsafe fn product_widened<S: Simd>(
+unsafe fn product_widened<S: Simd, const KIND: u8>(
     s: S,
     p: &Product<'_>,
     from: usize,
@@ -191,13 +193,15 @@ unsafe fn product_widened<S: Simd>(
     for (row, wide) in (from..to).zip(widened.chunks_exact_mut(stride)) {
         // SAFETY: a row holds `k` elements, and vectors end before `k`.
         unsafe {
-            let narrow = p.x.row(row).cast::<u16>();
-            let whole = p.k - p.k % LANES;
+            let (inputs, whole) = (p.x.row(row), p.k - p.k % LANES);
             for at in (0..whole).step_by(LANES) {
-                s.store(wide.as_mut_ptr().add(at), s.load_bf16(narrow.add(at)));
+                s.store(wide.as_mut_ptr().add(at), s.load_as(p.dtype, inputs.add(at * p.dtype.bytes())));
             }
             for at in whole..p.k {
-                wide[at] = bf16::widen(narrow.add(at).read_unaligned());
+                wide[at] = match p.dtype {
+                    Dtype::Bf16 => bf16::widen(inputs.cast::<u16>().add(at).read_unaligned()),
+                    Dtype::F32 => inputs.cast::<f32>().add(at).read_unaligned(),
+                };
             }
         }
         wide[p.k..p.k.next_multiple_of(2)].fill(0.0);
@@ -207,7 +211,7 @@ unsafe fn product_widened<S: Simd>(
     let bytes = unsafe { std::slice::from_raw_parts(bytes, size_of_val(widened.as_slice())) };
     let x = Source::Strided { bytes, stride: stride * size_of::<f32>() };
     // SAFETY: the caller's promise, and inputs as just widened.
-    unsafe { product_of_rows::<S, WIDENED>(s, p, from, to, x, from, sums) }
+    unsafe { product_of_rows::<S, KIND>(s, p, from, to, x, from, sums) }
 }
 
 /// # Safety
@@ -224,13 +228,11 @@ unsafe fn product_of_rows<S: Simd, const KIND: u8>(
 ) {
     let rows_at_once = rows_max::<S>(KIND);
     let passes = (to - from).div_ceil(rows_at_once);
-    let steps = if KIND == F32 { p.k } else { p.k.div_ceil(2) };
-    // Inputs are widened where a micro-kernel multiplies one block: those lie apart.
-    assert!(KIND != WIDENED || !p.panels, "widened inputs and blocks side by side");
+    let steps = if p.dtype == Dtype::F32 { p.k } else { p.k.div_ceil(2) };
     let chunk = match passes {
-        _ if !p.panels => steps,
-        0..=1 => steps,
-        2..=CHUNK_PASSES_MAX => CHUNK_STEPS.min(steps),
+        _ if !is_widened(KIND) && p.side_by_side < TILE_BLOCKS => steps,
+        0..=1 if !is_widened(KIND) => steps,
+        0..=CHUNK_PASSES_MAX => CHUNK_STEPS.min(steps),
         _ => CHUNK_STEPS_MANY.min(steps),
     };
     let mut block = p.blocks.start;
@@ -248,8 +250,7 @@ unsafe fn product_of_rows<S: Simd, const KIND: u8>(
                 for i in 1..rows {
                     x[i] = inputs.row(row - first + i);
                 }
-                let here =
-                    Pass { steps: begin..end, ask: panel.next_chunk(end, chunk, pass), last: pass + 1 == passes };
+                let here = Pass { steps: begin..end, ask: panel.next_chunk(end, chunk, pass), number: pass };
                 let sums = &mut sums[row - from..][..rows];
                 // SAFETY: `rows` rows of k elements and the panel's blocks of weights, as promised.
                 unsafe {
@@ -278,18 +279,39 @@ pub(crate) struct Panel<'a> {
     /// Where the panel begins in the weights.
     start: usize,
     pub blocks: usize,
-    /// Bytes from a block to the next.
-    block_stride: usize,
-    /// Bytes from one step of K to the next, in each block.
-    step_stride: usize,
+    block_bytes: usize,
+    /// [`Product::side_by_side`].
+    side_by_side: usize,
     /// Inputs.
     k: usize,
     /// Times that the weights are read.
     passes: usize,
-    /// Whether weights of a chunk follow those of the one before.
-    side_by_side: bool,
     /// [`Product::asks`].
     asks: bool,
+}
+
+/// Where blocks of a panel lie, from one of them on as far as they lie alike.
+#[derive(Clone, Copy)]
+pub(crate) struct Blocks {
+    start: *const u8,
+    /// Bytes from a block to the next.
+    block_stride: usize,
+    /// Bytes from one step of K to the next, in each block.
+    step_stride: usize,
+}
+
+impl Blocks {
+    /// Where the first one's weights for a step of K lie.
+    #[inline(always)]
+    pub fn at(&self, step: usize) -> *const u8 {
+        self.start.wrapping_add(step * self.step_stride)
+    }
+
+    /// `at`, so many blocks and steps further on.
+    #[inline(always)]
+    pub fn further(&self, at: *const u8, blocks: usize, steps: usize) -> *const u8 {
+        at.wrapping_add(blocks * self.block_stride + steps * self.step_stride)
+    }
 }
 
 impl<'a> Panel<'a> {
@@ -300,22 +322,22 @@ impl<'a> Panel<'a> {
         let start = block * p.block_bytes;
         // Tasks end between panels or with the last one, so all blocks that lie side by side are this part's.
         assert!(start + blocks * p.block_bytes <= p.weights.len(), "a panel outside of the weights");
-        let (block_stride, step_stride) =
-            if p.panels { (LANES * 4, blocks * LANES * 4) } else { (p.block_bytes, LANES * 4) };
-        let Product { weights, k, panels: side_by_side, asks, .. } = *p;
-        Panel { weights, start, blocks, block_stride, step_stride, k, passes, side_by_side, asks }
+        let Product { weights, k, block_bytes, side_by_side, asks, .. } = *p;
+        Panel { weights, start, blocks, block_bytes, side_by_side, k, passes, asks }
     }
 
-    /// Where the weights of a block for a step of K lie.
+    /// Its blocks from `first` on.
     #[inline(always)]
-    pub fn at(&self, block: usize, step: usize) -> *const u8 {
-        self.weights.as_ptr().wrapping_add(self.start + block * self.block_stride + step * self.step_stride)
-    }
-
-    /// `at`, so many blocks and steps further on.
-    #[inline(always)]
-    pub fn further(&self, at: *const u8, blocks: usize, steps: usize) -> *const u8 {
-        at.wrapping_add(blocks * self.block_stride + steps * self.step_stride)
+    pub fn blocks_from(&self, first: usize) -> Blocks {
+        let base = self.weights.as_ptr().wrapping_add(self.start);
+        if self.side_by_side == 1 {
+            let start = base.wrapping_add(first * self.block_bytes);
+            return Blocks { start, block_stride: self.block_bytes, step_stride: LANES * 4 };
+        }
+        let (beside, within) = (first - first % self.side_by_side, first % self.side_by_side);
+        let width = self.side_by_side.min(self.blocks - beside);
+        let start = base.wrapping_add(beside * self.block_bytes + within * LANES * 4);
+        Blocks { start, block_stride: LANES * 4, step_stride: width * LANES * 4 }
     }
 
     /// What pass `pass` over a chunk asks for of the next, whose steps begin with `step`, in quarters: the first of several
@@ -325,8 +347,9 @@ impl<'a> Panel<'a> {
     fn next_chunk(&self, step: usize, steps: usize, pass: usize) -> Ask {
         let each = if self.passes < TILE_BLOCKS { 2 } else { 1 };
         let quarter = steps * LANES * 4;
-        let next = self.start + step * self.step_stride + pass * each * quarter;
-        if self.passes < 2 || !self.side_by_side || pass * each >= TILE_BLOCKS || next >= self.weights.len() {
+        let next = self.start + step * self.blocks * LANES * 4 + pass * each * quarter;
+        let rests = self.passes < 2 || self.side_by_side < TILE_BLOCKS || pass * each >= TILE_BLOCKS;
+        if rests || next >= self.weights.len() {
             return Ask::Nothing;
         }
         let next = self.weights.as_ptr().wrapping_add(next);
@@ -347,8 +370,8 @@ struct Pass {
     /// Of K.
     steps: Range<usize>,
     ask: Ask,
-    /// Whether no other rows pass over these weights.
-    last: bool,
+    /// Which of [`Panel::passes`].
+    number: usize,
 }
 
 /// What a micro-kernel multiplies: f32 by f32.
@@ -357,6 +380,12 @@ const F32: u8 = 0;
 const BF16: u8 = 1;
 /// Inputs that were widened to f32 by weights of bf16.
 const WIDENED: u8 = 2;
+/// Inputs that lie as widened ones do by weights of f32.
+const WIDENED_F32: u8 = 3;
+
+const fn is_widened(kind: u8) -> bool {
+    kind == WIDENED || kind == WIDENED_F32
+}
 
 /// What weights a micro-kernel asks for meanwhile: none, for the processor's own prefetchers do better.
 const ASK_NOTHING: u8 = 0;
@@ -415,20 +444,18 @@ unsafe fn fill_rows<S: Simd, const KIND: u8, const MR: usize>(
     }
     assert!(sums.len() >= MR, "a pass has sums for its rows");
     let (blocks, to) = (panel.blocks, sums.as_mut_ptr().cast::<f32>());
-    if KIND == WIDENED {
-        let after = if pass.last { panel.further(panel.at(0, 0), blocks, 0) } else { panel.at(0, 0) };
-        for from in (0..panel.k).step_by(WIDENED_INPUTS) {
-            let until = panel.k.min(from + WIDENED_INPUTS);
-            for block in 0..blocks {
-                let next = if block + 1 < blocks {
-                    panel.at(block + 1, from / 2)
-                } else if until < panel.k {
-                    panel.at(0, until / 2)
+    if is_widened(KIND) {
+        let mut first = 0;
+        while first < blocks {
+            // SAFETY: blocks `first..first + NR` exist and lie side by side, as does the rest by the caller's promise.
+            unsafe {
+                if MR <= WIDENED_ROWS_OF_TWO && panel.passes == 1 && panel.side_by_side > 1 && first + 1 < blocks {
+                    kernel_widened::<S, KIND, MR, 2>(s, first, x, panel, &pass, to);
+                    first += 2;
                 } else {
-                    after
-                };
-                // SAFETY: the block exists, as does the rest by the caller's promise.
-                unsafe { kernel_widened::<S, MR>(s, block, x, panel, from..until, next, to) }
+                    kernel_widened::<S, KIND, MR, 1>(s, first, x, panel, &pass, to);
+                    first += 1;
+                }
             }
         }
         return;
@@ -455,7 +482,11 @@ unsafe fn fill_rows<S: Simd, const KIND: u8, const MR: usize>(
                 }
                 first += 4;
             } else if wide >= 2 && left >= 2 {
-                kernel::<S, KIND, MR, 2, ASK_SHORTLY>(s, first, x, panel, steps.clone(), [x[0]; 2], to);
+                if panel.asks {
+                    kernel::<S, KIND, MR, 2, ASK_SHORTLY>(s, first, x, panel, steps.clone(), [x[0]; 2], to);
+                } else {
+                    kernel::<S, KIND, MR, 2, ASK_NOTHING>(s, first, x, panel, steps.clone(), [x[0]; 2], to);
+                }
                 first += 2;
             } else {
                 kernel::<S, KIND, MR, 1, ASK_SHORTLY>(s, first, x, panel, steps.clone(), [x[0]; 2], to);
@@ -480,6 +511,7 @@ unsafe fn kernel<S: Simd, const KIND: u8, const MR: usize, const NR: usize, cons
     sums: *mut f32,
 ) {
     let mut acc = [[s.splat(0.0); NR]; MR];
+    let blocks = panel.blocks_from(first);
     // The last input of an odd number stands alone: its partner is a zero, as in the packed weights.
     let whole = if KIND == BF16 { steps.end.min(panel.k / 2) } else { steps.end };
     // SAFETY: every weight read lies in blocks `first..first + NR`, every input in the first k elements of its row, every sum
@@ -493,10 +525,10 @@ unsafe fn kernel<S: Simd, const KIND: u8, const MR: usize, const NR: usize, cons
             }
         }
         for step in steps.start..whole {
-            let at = panel.at(first, step);
+            let at = blocks.at(step);
             if ASK == ASK_SHORTLY {
                 for j in 0..NR {
-                    s.prefetch(panel.further(at, j, PREFETCH_STEPS));
+                    s.prefetch(blocks.further(at, j, PREFETCH_STEPS));
                 }
             }
             let line = (step - steps.start) * LANES * 4;
@@ -509,7 +541,7 @@ unsafe fn kernel<S: Simd, const KIND: u8, const MR: usize, const NR: usize, cons
             if KIND == BF16 {
                 let mut weights = [s.load_pairs(at.cast()); NR];
                 for j in 1..NR {
-                    weights[j] = s.load_pairs(panel.further(at, j, 0).cast());
+                    weights[j] = s.load_pairs(blocks.further(at, j, 0).cast());
                 }
                 for i in 0..MR {
                     let pair = s.pair(x[i].cast::<u32>().add(step).read_unaligned());
@@ -520,7 +552,7 @@ unsafe fn kernel<S: Simd, const KIND: u8, const MR: usize, const NR: usize, cons
             } else {
                 let mut weights = [s.load(at.cast()); NR];
                 for j in 1..NR {
-                    weights[j] = s.load(panel.further(at, j, 0).cast());
+                    weights[j] = s.load(blocks.further(at, j, 0).cast());
                 }
                 for i in 0..MR {
                     let value = s.splat(x[i].cast::<f32>().add(step).read_unaligned());
@@ -534,7 +566,7 @@ unsafe fn kernel<S: Simd, const KIND: u8, const MR: usize, const NR: usize, cons
             for i in 0..MR {
                 let pair = s.pair(u32::from(x[i].cast::<u16>().add(panel.k - 1).read_unaligned()));
                 for j in 0..NR {
-                    acc[i][j] = s.dot(acc[i][j], pair, s.load_pairs(panel.at(first + j, whole).cast()));
+                    acc[i][j] = s.dot(acc[i][j], pair, s.load_pairs(blocks.further(blocks.at(whole), j, 0).cast()));
                 }
             }
         }
@@ -546,43 +578,67 @@ unsafe fn kernel<S: Simd, const KIND: u8, const MR: usize, const NR: usize, cons
     }
 }
 
-/// The micro-kernel of widened inputs: adds the products of `inputs`, an even number of them from an even one on unless they
-/// are the last, to the sums; the first inputs begin them. Asks for as many weights from `next` on meanwhile.
+/// The micro-kernel of widened inputs: as `kernel`. Meanwhile it asks for its part of the next steps' weights, after a panel's
+/// last ones for the next panel's, also beyond this task: its thread's next task has those that follow. All passes together ask
+/// for all of them, evenly; into the second-level cache, for the first has no room for those of this chunk and the next.
 /// # Safety
-/// As `kernel`, for one block of those that lie apart; rows of `x` are f32 and padded to an even number.
+/// As `kernel`; rows of `x` are f32 and padded to an even number, and where `NR` is more than one its blocks lie side by side.
 #[inline(always)]
-unsafe fn kernel_widened<S: Simd, const MR: usize>(
+unsafe fn kernel_widened<S: Simd, const KIND: u8, const MR: usize, const NR: usize>(
     s: S,
-    block: usize,
+    first: usize,
     x: &[*const u8; ROWS_MAX],
     panel: &Panel<'_>,
-    inputs: Range<usize>,
-    next: *const u8,
+    pass: &Pass,
     sums: *mut f32,
 ) {
-    let mut acc = [s.splat(0.0); MR];
-    // SAFETY: every weight read lies in the block, every input and sum in its row.
+    let inputs_a_step = if KIND == WIDENED_F32 { 1 } else { 2 };
+    let (steps, blocks) = (&pass.steps, panel.blocks_from(first));
+    let (at, count) = (blocks.at(steps.start), steps.len());
+    // What each pass asks for at a step, of the lines that a step of these blocks has.
+    let stride = (NR * LANES * 4).div_ceil(panel.passes);
+    let beside = first - first % panel.side_by_side;
+    let next = if steps.end == panel.k.div_ceil(inputs_a_step) {
+        panel.blocks_from(0).start.wrapping_add((beside + panel.blocks) * panel.block_bytes)
+    } else {
+        panel.blocks_from(beside).at(steps.end)
+    };
+    // Those before are asked for by the blocks before.
+    let next = next.wrapping_add(((first - beside) / NR * panel.passes + pass.number) * count * stride);
+    let mut acc = [[s.splat(0.0); NR]; MR];
+    // SAFETY: every weight read lies in the blocks, every input and sum in its row.
     unsafe {
-        let sums = sums.add(block * LANES);
-        if inputs.start > 0 {
+        let sums = sums.add(first * LANES);
+        if steps.start > 0 {
             for i in 0..MR {
-                acc[i] = s.load(sums.add(i * TILE_COLS));
+                for j in 0..NR {
+                    acc[i][j] = s.load(sums.add(i * TILE_COLS + j * LANES));
+                }
             }
         }
-        let w = panel.at(block, inputs.start / 2);
-        for step in 0..inputs.len().div_ceil(2) {
-            let line = step * LANES * 4;
-            s.prefetch(next.wrapping_add(line));
-            for half in 0..2 {
-                let weights = s.half(half, w.add(line).cast());
-                for i in 0..MR {
-                    let value = s.splat(x[i].cast::<f32>().add(inputs.start + 2 * step + half).read_unaligned());
-                    acc[i] = s.fma(value, weights, acc[i]);
+        for step in 0..count {
+            for j in 0..NR {
+                s.prefetch_far(next.wrapping_add(step * stride + j * LANES * 4));
+            }
+            let w = blocks.further(at, 0, step);
+            let input = (steps.start + step) * inputs_a_step;
+            for half in 0..inputs_a_step {
+                for j in 0..NR {
+                    let w = blocks.further(w, j, 0);
+                    let w = if KIND == WIDENED { s.again(w) } else { w };
+                    let weights = if KIND == WIDENED_F32 { s.load(w.cast()) } else { s.half(half, w.cast()) };
+                    for i in 0..MR {
+                        let at = x[i].cast::<f32>().wrapping_add(input + half);
+                        let value = s.splat(if j > 0 { s.again(at) } else { at }.read_unaligned());
+                        acc[i][j] = s.fma(value, weights, acc[i][j]);
+                    }
                 }
             }
         }
         for i in 0..MR {
-            s.store(sums.add(i * TILE_COLS), acc[i]);
+            for j in 0..NR {
+                s.store(sums.add(i * TILE_COLS + j * LANES), acc[i][j]);
+            }
         }
     }
 }

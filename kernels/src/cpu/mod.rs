@@ -124,14 +124,14 @@ impl Cpu {
     }
 
     /// Reads packed weights once, shared over the threads, and returns how many bytes those were: timed, it is the limit
-    /// of a product of one row.
-    pub fn probe_read(&self, weights: &Matrix) -> usize {
+    /// of a product of one row. `ahead`: asks for what it will read, which some processors do better without.
+    pub fn probe_read(&self, weights: &Matrix, ahead: bool) -> usize {
         let bytes = weights.data.as_slice();
         let part = bytes.len().div_ceil(self.pool.tasks(u64::MAX)).max(1).next_multiple_of(4096);
         let parts: Vec<&[u8]> = bytes.chunks(part).collect();
         self.pool.run(parts.len(), bytes.len() as u64, |task| {
             // SAFETY: as in `probe_arithmetic`.
-            std::hint::black_box(unsafe { (self.kernels.read)(parts[task]) });
+            std::hint::black_box(unsafe { (self.kernels.read)(parts[task], ahead) });
         });
         bytes.len()
     }
@@ -190,16 +190,19 @@ impl Compute for Cpu {
     }
 
     fn layout(&self) -> String {
-        let blocks = if self.kernels.panels { "panels4x" } else { "lanes" };
+        let blocks = match self.kernels.side_by_side {
+            1 => "lanes".to_owned(),
+            width => format!("panels{width}x"),
+        };
         format!("{blocks}{}-{}", crate::matrix::LANES, self.dtype)
     }
 
     fn pack(&self, parts: &[MatrixView<'_>]) -> Matrix {
-        pack::pack(&self.pool, self.dtype, self.kernels.panels, parts)
+        pack::pack(&self.pool, self.dtype, self.kernels.side_by_side, parts)
     }
 
     fn pack_ffn(&self, gate: MatrixView<'_>, up: MatrixView<'_>, down: MatrixView<'_>) -> Ffn {
-        pack::pack_ffn(&self.pool, self.dtype, self.kernels.panels, gate, up, down)
+        pack::pack_ffn(&self.pool, self.dtype, self.kernels.side_by_side, gate, up, down)
     }
 
     fn linear(&self, w: &Matrix, x: Rows<'_>, out: &mut [f32]) {

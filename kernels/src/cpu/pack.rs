@@ -1,7 +1,7 @@
 //! Packing: output channels across lanes, once, when weights are loaded.
 
 use super::pool::{Parts, Pool};
-use crate::matrix::{LANES, Layout, Matrix, PANEL_BLOCKS, block_bytes, check_ffn, out_of_memory, stacked_shape};
+use crate::matrix::{LANES, Layout, Matrix, block_bytes, check_ffn, out_of_memory, stacked_shape};
 use crate::memory::AlignedBuf;
 use crate::rows::MatrixView;
 use crate::{Dtype, Ffn, bf16};
@@ -9,13 +9,13 @@ use crate::{Dtype, Ffn, bf16};
 /// Inputs packed for all lanes before going on, so that what is written stays in the first-level cache.
 const INPUTS: usize = 64;
 
-/// Packs matrices stacked along `n`; `panels`: with blocks side by side.
-pub(crate) fn pack(pool: &Pool, dtype: Dtype, panels: bool, parts: &[MatrixView<'_>]) -> Matrix {
+/// Packs matrices stacked along `n`, with so many blocks side by side.
+pub(crate) fn pack(pool: &Pool, dtype: Dtype, side_by_side: usize, parts: &[MatrixView<'_>]) -> Matrix {
     let (n, k) = stacked_shape(parts);
     let rows: Vec<Row<'_>> = parts.iter().flat_map(|part| (0..part.n).map(|i| Row::of(part, i))).collect();
     let rows_of = |block: usize| &rows[block * LANES..n.min((block + 1) * LANES)];
-    let data = pack_lanes(pool, dtype, panels, n.div_ceil(LANES), k, rows_of);
-    let layout = if panels { Layout::Panels } else { Layout::Lanes };
+    let data = pack_lanes(pool, dtype, side_by_side, n.div_ceil(LANES), k, rows_of);
+    let layout = Layout::of_blocks(side_by_side, false);
     Matrix { n, k, dtype, layout, data: data.into() }
 }
 
@@ -23,7 +23,7 @@ pub(crate) fn pack(pool: &Pool, dtype: Dtype, panels: bool, parts: &[MatrixView<
 pub(crate) fn pack_ffn(
     pool: &Pool,
     dtype: Dtype,
-    panels: bool,
+    side_by_side: usize,
     gate: MatrixView<'_>,
     up: MatrixView<'_>,
     down: MatrixView<'_>,
@@ -32,13 +32,13 @@ pub(crate) fn pack_ffn(
     stacked_shape(&[gate, up]);
     let halves = [gate, up].map(|half| (0..half.n).map(|i| Row::of(&half, i)).collect::<Vec<_>>());
     let (n, k) = (gate.n, gate.k);
-    let data = pack_lanes(pool, dtype, panels, 2 * n.div_ceil(LANES), k, |block| {
+    let data = pack_lanes(pool, dtype, side_by_side, 2 * n.div_ceil(LANES), k, |block| {
         let first = block / 2 * LANES;
         &halves[block % 2][first..n.min(first + LANES)]
     });
-    let layout = if panels { Layout::PanelsInTurn } else { Layout::LanesInTurn };
+    let layout = Layout::of_blocks(side_by_side, true);
     let gate_up = Matrix { n: 2 * n, k, dtype, layout, data: data.into() };
-    Ffn { gate_up, down: pack(pool, dtype, panels, &[down]) }
+    Ffn { gate_up, down: pack(pool, dtype, side_by_side, &[down]) }
 }
 
 /// One output's weights as the checkpoint holds them.
@@ -59,7 +59,7 @@ impl<'a> Row<'a> {
 fn pack_lanes<'r, 'a: 'r>(
     pool: &Pool,
     dtype: Dtype,
-    panels: bool,
+    side_by_side: usize,
     blocks: usize,
     k: usize,
     rows_of: impl Fn(usize) -> &'r [Row<'a>] + Sync,
@@ -67,7 +67,6 @@ fn pack_lanes<'r, 'a: 'r>(
     let size = block_bytes(dtype, k);
     let mut data = AlignedBuf::for_weights(blocks * size).unwrap_or_else(|error| out_of_memory(&error));
     let shared = Parts::new(data.as_mut_slice());
-    let side_by_side = if panels { PANEL_BLOCKS } else { 1 };
     pool.run(blocks.div_ceil(side_by_side), (blocks * size) as u64, |panel| {
         let first = panel * side_by_side;
         let width = side_by_side.min(blocks - first);

@@ -24,8 +24,9 @@ pub(crate) trait Simd: Copy {
     const ROWS_F32: usize;
     /// The same for bf16.
     const ROWS_BF16: usize;
-    /// The same for bf16 weights and inputs that were widened to f32 before, where `dot` is an `fma` with the earlier half and
-    /// one with the later; 0 where widening inputs before gains nothing, or was never measured.
+    /// The same for inputs that were widened to f32 before (those of f32: copied) and lie apart, where `dot` is an `fma` with the
+    /// earlier half and one with the later; 0 where widening inputs before gains nothing, or was never measured. With more rows
+    /// than the two above, that is how they are multiplied.
     const ROWS_WIDENED: usize = 0;
     /// Attention queries that share one walk over a page.
     const QUERIES: usize;
@@ -84,6 +85,13 @@ pub(crate) trait Simd: Copy {
         }
         // SAFETY: sixteen lanes.
         unsafe { self.load(lanes.as_ptr()) }
+    }
+
+    /// The same address. Where registers are few the compiler does not know that it is, and what lies there is read again
+    /// rather than kept in registers that sums need.
+    #[inline(always)]
+    fn again<T>(self, at: *const T) -> *const T {
+        at
     }
 
     /// Asks for the line at `at` ahead of its use; the address may be anything.

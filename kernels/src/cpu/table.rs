@@ -12,8 +12,8 @@ use crate::{Dtype, Term, pointwise};
 
 /// One instruction set's kernels. Every entry is unsafe to call where the machine lacks the set, and as its body says.
 pub(crate) struct Kernels {
-    /// Whether weights are packed in panels for it.
-    pub panels: bool,
+    /// Blocks of weights that are packed side by side for it.
+    pub side_by_side: usize,
     pub product: unsafe fn(&Product<'_>, &mut Scratch),
     pub attend: unsafe fn(&Attend<'_>, &mut Vec<f32>),
     pub rms_norm_row: unsafe fn(Dtype, &[f32], &[f32], f32, &mut [u8]),
@@ -26,7 +26,7 @@ pub(crate) struct Kernels {
     #[cfg(test)]
     pub store_bf16: unsafe fn(&[f32; LANES], &mut [u16; LANES]),
     pub spin: unsafe fn(Dtype, u64) -> u64,
-    pub read: unsafe fn(&[u8]) -> f32,
+    pub read: unsafe fn(&[u8], bool) -> f32,
 }
 
 impl Kernels {
@@ -104,15 +104,17 @@ fn spin_sums<S: Simd, const SUMS: usize>(s: S, dtype: Dtype, rounds: u64) -> u64
     rounds * (2 * SUMS * products) as u64
 }
 
-/// Reads every whole line once, in order: the machine's bandwidth limit.
+/// Reads every whole line once, in order: the machine's bandwidth limit. `ahead`: asks for them 2 KiB ahead.
 #[inline(always)]
-fn read<S: Simd>(s: S, bytes: &[u8]) -> f32 {
+fn read<S: Simd>(s: S, bytes: &[u8], ahead: bool) -> f32 {
     const STREAMS: usize = 8;
     let mut sums = [s.splat(0.0); STREAMS];
     for lines in bytes.chunks_exact(STREAMS * 64) {
         for (stream, sum) in sums.iter_mut().enumerate() {
             let at = lines[stream * 64..].as_ptr();
-            s.prefetch(at.wrapping_add(2048));
+            if ahead {
+                s.prefetch(at.wrapping_add(2048));
+            }
             // SAFETY: the chunk holds a whole line for each stream.
             *sum = s.max(*sum, unsafe { s.load(at.cast()) });
         }
@@ -139,10 +141,10 @@ fn exp<S: Simd>(s: S, x: &mut [f32; LANES]) {
     unsafe { s.store(x.as_mut_ptr(), s.exp(s.load(x.as_ptr()))) }
 }
 
-/// Compiles every kernel with `features` on, around a `$simd` that may then be assumed. `$panels`: whether it multiplies four
-/// blocks of weights at once, which then lie side by side.
+/// Compiles every kernel with `features` on, around a `$simd` that may then be assumed. `$side_by_side`: blocks of weights that
+/// it multiplies at once where rows are few, which then lie side by side.
 macro_rules! entries {
-    ($name:ident, $panels:literal, $assume:expr $(, $features:literal)?) => {
+    ($name:ident, $side_by_side:literal, $assume:expr $(, $features:literal)?) => {
         mod $name {
             use super::*;
 
@@ -211,9 +213,9 @@ macro_rules! entries {
 
             $(#[target_feature(enable = $features)])?
             #[allow(unused_unsafe)]
-            fn read(bytes: &[u8]) -> f32 {
+            fn read(bytes: &[u8], ahead: bool) -> f32 {
                 // SAFETY: as above.
-                super::read(unsafe { $assume }, bytes)
+                super::read(unsafe { $assume }, bytes, ahead)
             }
 
             $(#[target_feature(enable = $features)])?
@@ -241,7 +243,7 @@ macro_rules! entries {
             };
 
             pub(super) const KERNELS: Kernels = Kernels {
-                panels: $panels,
+                side_by_side: $side_by_side,
                 product,
                 attend,
                 rms_norm_row,
@@ -260,15 +262,15 @@ macro_rules! entries {
     };
 }
 
-entries!(portable, false, Portable);
+entries!(portable, 1, Portable);
 #[cfg(target_arch = "x86_64")]
-entries!(avx2, false, crate::cpu::x86::Avx2::assume(), "avx2,fma");
+entries!(avx2, 2, crate::cpu::x86::Avx2::assume(), "avx2,fma");
 #[cfg(target_arch = "x86_64")]
-entries!(avx512, true, crate::cpu::x86::Avx512::assume(), "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma");
+entries!(avx512, 4, crate::cpu::x86::Avx512::assume(), "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma");
 #[cfg(target_arch = "x86_64")]
 entries!(
     avx512_bf16,
-    true,
+    4,
     crate::cpu::x86::Avx512Bf16::assume(),
     "avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,avx2,fma"
 );
@@ -299,12 +301,12 @@ mod amx_bf16 {
     }
 
     // A tile is read where its block lies: blocks apart.
-    pub(super) const KERNELS: Kernels = Kernels { panels: false, product, spin, ..avx512_bf16::KERNELS };
+    pub(super) const KERNELS: Kernels = Kernels { side_by_side: 1, product, spin, ..avx512_bf16::KERNELS };
     // A tile of rows costs what one row does, and four tiles of sums are in flight: no other order of K is faster.
-    pub(super) const BREAKING: Kernels = Kernels { panels: false, product, spin, ..avx512_bf16::BREAKING };
+    pub(super) const BREAKING: Kernels = Kernels { side_by_side: 1, product, spin, ..avx512_bf16::BREAKING };
 }
 #[cfg(target_arch = "aarch64")]
-entries!(neon, false, crate::cpu::neon::Neon::assume(), "neon");
+entries!(neon, 1, crate::cpu::neon::Neon::assume(), "neon");
 
 // A tile has no more rows than the largest micro-kernel anywhere.
 const _: () = assert!(Portable::ROWS_F32 <= ROWS_MAX && Portable::ROWS_BF16 <= ROWS_MAX);

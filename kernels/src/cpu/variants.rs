@@ -52,11 +52,17 @@ unsafe fn few<S: Simd, const BF16: bool, const MR: usize, const PARTS: usize>(s:
         let mut tile = [[0f32; TILE_COLS]; MR];
         // SAFETY: the panel exists; the rest is the caller's promise.
         unsafe {
-            if blocks == TILE_BLOCKS && S::blocks(MR, BF16) == TILE_BLOCKS {
-                in_parts::<S, BF16, MR, TILE_BLOCKS, PARTS>(s, p, &panel, &x, &mut tile, 0);
-            } else {
-                for first in 0..blocks {
+            let (wide, mut first) = (S::blocks(MR, BF16), 0);
+            while first < blocks {
+                if wide == TILE_BLOCKS && blocks == TILE_BLOCKS {
+                    in_parts::<S, BF16, MR, TILE_BLOCKS, PARTS>(s, p, &panel, &x, &mut tile, first);
+                    first += TILE_BLOCKS;
+                } else if wide >= 2 && first + 1 < blocks {
+                    in_parts::<S, BF16, MR, 2, PARTS>(s, p, &panel, &x, &mut tile, first);
+                    first += 2;
+                } else {
                     in_parts::<S, BF16, MR, 1, PARTS>(s, p, &panel, &x, &mut tile, first);
+                    first += 1;
                 }
             }
             for i in 0..MR {
@@ -118,10 +124,11 @@ unsafe fn one_step<S: Simd, const BF16: bool, const MR: usize, const NR: usize>(
     step: usize,
     sums: &mut [[S::V; NR]; MR],
 ) {
-    let at = panel.at(first, step);
+    let blocks = panel.blocks_from(first);
+    let at = blocks.at(step);
     if p.asks {
         for j in 0..NR {
-            s.prefetch(panel.further(at, j, PREFETCH_STEPS));
+            s.prefetch(blocks.further(at, j, PREFETCH_STEPS));
         }
     }
     // SAFETY: the caller's promise.
@@ -129,7 +136,7 @@ unsafe fn one_step<S: Simd, const BF16: bool, const MR: usize, const NR: usize>(
         if BF16 {
             let mut weights = [s.load_pairs(at.cast()); NR];
             for j in 1..NR {
-                weights[j] = s.load_pairs(panel.further(at, j, 0).cast());
+                weights[j] = s.load_pairs(blocks.further(at, j, 0).cast());
             }
             for i in 0..MR {
                 // The last input of an odd number stands alone.
@@ -146,7 +153,7 @@ unsafe fn one_step<S: Simd, const BF16: bool, const MR: usize, const NR: usize>(
         } else {
             let mut weights = [s.load(at.cast()); NR];
             for j in 1..NR {
-                weights[j] = s.load(panel.further(at, j, 0).cast());
+                weights[j] = s.load(blocks.further(at, j, 0).cast());
             }
             for i in 0..MR {
                 let value = s.splat(x[i].cast::<f32>().add(step).read_unaligned());

@@ -191,18 +191,14 @@ impl Simd for Avx2 {
     type Pair = Two;
     type Pairs = [__m256i; 2];
 
-    const ROWS_F32: usize = 6;
-    const ROWS_BF16: usize = 4;
+    const ROWS_F32: usize = 2;
+    const ROWS_BF16: usize = 1;
     const ROWS_WIDENED: usize = 6;
     const QUERIES: usize = 2;
 
     #[inline(always)]
-    fn blocks(rows: usize, bf16: bool) -> usize {
-        match (rows, bf16) {
-            (1, false) => 4,
-            (1, true) | (2..=3, false) => 2,
-            _ => 1,
-        }
+    fn blocks(_rows: usize, _bf16: bool) -> usize {
+        2
     }
 
     proven! {
@@ -239,8 +235,6 @@ impl Simd for Avx2 {
             _mm_storeu_si128(at.add(8).cast(), narrow_half(v[1]));
         };
         half(half: usize, at: *const u32) -> Two = {
-            // Read again for the other half: the compiler would keep what it read in registers that sums need.
-            let at = unseen(at);
             let (one, two) = (_mm256_loadu_si256(at.cast()), _mm256_loadu_si256(at.add(8).cast()));
             if half == 0 {
                 [_mm256_castsi256_ps(_mm256_slli_epi32::<16>(one)), _mm256_castsi256_ps(_mm256_slli_epi32::<16>(two))]
@@ -254,6 +248,14 @@ impl Simd for Avx2 {
     }
 
     #[inline(always)]
+    fn again<T>(self, at: *const T) -> *const T {
+        let mut address = at.expose_provenance();
+        // SAFETY: no instruction at all.
+        unsafe { asm!("/* {0} */", inout(reg) address, options(nomem, nostack, preserves_flags)) };
+        std::ptr::with_exposed_provenance(address)
+    }
+
+    #[inline(always)]
     fn prefetch(self, at: *const u8) {
         // SAFETY: a prefetch of any address is harmless.
         unsafe { _mm_prefetch::<_MM_HINT_T0>(at.cast()) }
@@ -263,15 +265,6 @@ impl Simd for Avx2 {
         // SAFETY: as above.
         unsafe { _mm_prefetch::<_MM_HINT_T1>(at.cast()) }
     }
-}
-
-/// The same address, of which the compiler does not know that it is.
-#[inline(always)]
-fn unseen<T>(at: *const T) -> *const T {
-    let mut address = at.expose_provenance();
-    // SAFETY: no instruction at all.
-    unsafe { asm!("/* {0} */", inout(reg) address, options(nomem, nostack, preserves_flags)) };
-    std::ptr::with_exposed_provenance(address)
 }
 
 /// Helpers on eight lanes.
