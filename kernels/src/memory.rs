@@ -2,6 +2,7 @@
 
 use std::alloc::{Layout, alloc_zeroed, dealloc};
 use std::ptr::NonNull;
+use std::sync::{Arc, Mutex, PoisonError};
 
 use memmap2::MmapMut;
 
@@ -9,9 +10,13 @@ use crate::KernelError;
 
 /// Alignment of every buffer: a cache line, and a full SIMD register.
 pub(crate) const LINE_BYTES: usize = 64;
-/// Weights of at least this size are aligned to, and asked to lie in, huge pages: at one row a GEMM walks all of them,
-/// and a TLB miss every 4 KiB costs about a tenth of the bandwidth.
+/// Weights are asked to lie in huge pages: at one row a GEMM walks all of them, and a TLB miss every 4 KiB costs about a tenth
+/// of the bandwidth.
 const HUGE_PAGE_BYTES: usize = 2 << 20;
+/// What is given back to the system, at least.
+const PAGE_BYTES: usize = 4 << 10;
+/// Address space that weights are taken from one after another: an expert's own end would leave up to a huge page of small ones.
+const REGION_BYTES: usize = 64 << 20;
 /// What is of at least this size has a mapping of its own if it comes and goes, which the system has back as soon as it is
 /// dropped: an allocator keeps what experts leave behind that move to other nodes, and what the rows of a burst needed.
 const MAPPED_BYTES_MIN: usize = 64 << 10;
@@ -27,6 +32,37 @@ enum Storage {
     None,
     Allocated(NonNull<u8>, Layout),
     Mapped(#[allow(dead_code, reason = "held to be unmapped when it is dropped")] MmapMut),
+    /// Whole pages of it.
+    Part(#[allow(dead_code, reason = "held to be unmapped with the last part")] Arc<Region>),
+}
+
+/// Where weights lie, next to each other. Nothing that was given back is taken again: it is unmapped with its last part.
+struct Region {
+    start: NonNull<u8>,
+    len: usize,
+    #[allow(dead_code, reason = "held to be unmapped when it is dropped")]
+    map: MmapMut,
+}
+
+// SAFETY: parts do not overlap, and each is one buffer's.
+unsafe impl Send for Region {}
+// SAFETY: as above.
+unsafe impl Sync for Region {}
+
+/// The region that weights are taken from, and how much of it is taken.
+static REGION: Mutex<Option<(Arc<Region>, usize)>> = Mutex::new(None);
+
+impl Region {
+    fn new(len: usize) -> Result<Region, KernelError> {
+        let (map, start) = mapped(len, HUGE_PAGE_BYTES)?;
+        #[cfg(target_os = "linux")]
+        // SAFETY: the range is inside our own mapping, and the advice changes no contents. A refusal (a kernel without huge
+        // pages) is harmless, so its result is not needed.
+        unsafe {
+            libc::madvise(start.as_ptr().cast(), len, libc::MADV_HUGEPAGE);
+        }
+        Ok(Region { start, len, map })
+    }
 }
 
 // SAFETY: the buffer owns plain bytes; nothing in it is tied to a thread.
@@ -49,34 +85,37 @@ impl AlignedBuf {
 
     /// `len` zero bytes that the system has back when they are dropped, if they are many.
     pub fn passing(len: usize) -> Result<AlignedBuf, KernelError> {
-        if len < MAPPED_BYTES_MIN { AlignedBuf::zeroed(len) } else { AlignedBuf::mapped(len, LINE_BYTES) }
+        if len < MAPPED_BYTES_MIN {
+            return AlignedBuf::zeroed(len);
+        }
+        let (map, start) = mapped(len, LINE_BYTES)?;
+        Ok(AlignedBuf { storage: Storage::Mapped(map), start, len })
     }
 
     /// As [`AlignedBuf::passing`], for bytes that will be written at once and read often.
     pub fn for_weights(len: usize) -> Result<AlignedBuf, KernelError> {
-        if len < HUGE_PAGE_BYTES {
-            return AlignedBuf::passing(len);
+        if len < MAPPED_BYTES_MIN {
+            return AlignedBuf::zeroed(len);
         }
-        let buf = AlignedBuf::mapped(len, HUGE_PAGE_BYTES)?;
-        #[cfg(target_os = "linux")]
-        // SAFETY: the range is whole pages inside our own mapping, and the advice changes no contents. A refusal (a kernel
-        // without huge pages) is harmless, so its result is not needed.
-        unsafe {
-            libc::madvise(buf.start.as_ptr().cast(), len - len % HUGE_PAGE_BYTES, libc::MADV_HUGEPAGE);
+        let whole = len.checked_next_multiple_of(PAGE_BYTES).ok_or(KernelError::Memory { bytes: len })?;
+        if whole > REGION_BYTES / 2 {
+            return Ok(AlignedBuf::part(Arc::new(Region::new(whole)?), 0, len));
         }
-        Ok(buf)
+        let mut current = REGION.lock().unwrap_or_else(PoisonError::into_inner);
+        let (region, from) = match current.take() {
+            Some((region, taken)) if region.len - taken >= whole => (region, taken),
+            _ => (Arc::new(Region::new(REGION_BYTES)?), 0),
+        };
+        *current = Some((region.clone(), from + whole));
+        Ok(AlignedBuf::part(region, from, len))
     }
 
-    // Over-maps and aligns by hand, if a page's alignment is not enough.
-    fn mapped(len: usize, align: usize) -> Result<AlignedBuf, KernelError> {
-        let memory = || KernelError::Memory { bytes: len };
-        let total = if align > LINE_BYTES { len.checked_add(align).ok_or_else(memory)? } else { len };
-        let mut map = MmapMut::map_anon(total).map_err(|_| memory())?;
-        let base = NonNull::new(map.as_mut_ptr()).ok_or_else(memory)?;
-        let skip = base.as_ptr().align_offset(align);
-        // SAFETY: skip is 0 for an alignment that pages have, else less than align, and len + align bytes were mapped.
-        let start = unsafe { base.add(skip) };
-        Ok(AlignedBuf { storage: Storage::Mapped(map), start, len })
+    // Pages from `from` on that nobody else has.
+    fn part(region: Arc<Region>, from: usize, len: usize) -> AlignedBuf {
+        assert!(from <= region.len && len <= region.len - from, "a part outside of its region");
+        // SAFETY: inside the region's mapping as checked.
+        let start = unsafe { region.start.add(from) };
+        AlignedBuf { storage: Storage::Part(region), start, len }
     }
 
     // Over-allocates and aligns by hand: the allocator zeroes large plain requests lazily (fresh pages), but writes
@@ -113,11 +152,29 @@ impl AlignedBuf {
 
 impl Drop for AlignedBuf {
     fn drop(&mut self) {
-        if let Storage::Allocated(base, layout) = self.storage {
+        match self.storage {
             // SAFETY: allocated in `with_alignment` with this layout, freed once.
-            unsafe { dealloc(base.as_ptr(), layout) }
+            Storage::Allocated(base, layout) => unsafe { dealloc(base.as_ptr(), layout) },
+            #[cfg(target_os = "linux")]
+            // SAFETY: whole pages of the region that are this buffer's alone and that nothing refers to any more. The system
+            // may refuse, which keeps them until the region goes.
+            Storage::Part(_) => unsafe {
+                libc::madvise(self.start.as_ptr().cast(), self.len.next_multiple_of(PAGE_BYTES), libc::MADV_DONTNEED);
+            },
+            _ => {}
         }
     }
+}
+
+// Zeroed bytes of a mapping of their own. Over-maps and aligns by hand, if a page's alignment is not enough.
+fn mapped(len: usize, align: usize) -> Result<(MmapMut, NonNull<u8>), KernelError> {
+    let memory = || KernelError::Memory { bytes: len };
+    let total = if align > LINE_BYTES { len.checked_add(align).ok_or_else(memory)? } else { len };
+    let mut map = MmapMut::map_anon(total).map_err(|_| memory())?;
+    let base = NonNull::new(map.as_mut_ptr()).ok_or_else(memory)?;
+    let skip = base.as_ptr().align_offset(align);
+    // SAFETY: skip is 0 for an alignment that pages have, else less than align, and len + align bytes were mapped.
+    Ok((map, unsafe { base.add(skip) }))
 }
 
 impl std::fmt::Debug for AlignedBuf {
@@ -140,6 +197,45 @@ mod tests {
             buf.as_mut_slice().fill(7);
             assert!(buf.as_slice().iter().all(|&byte| byte == 7));
         }
+    }
+
+    #[test]
+    fn weights_lie_next_to_each_other_and_go_back_to_the_system_alone() {
+        let buf = |byte| {
+            let mut buf = AlignedBuf::for_weights(REGION_BYTES / 4 - PAGE_BYTES + 1).unwrap();
+            buf.as_mut_slice().fill(byte);
+            buf
+        };
+        let bufs: Vec<AlignedBuf> = (1..=9).map(buf).collect();
+        for (byte, buf) in (1..=9).zip(&bufs) {
+            assert!(buf.as_slice().iter().all(|&here| here == byte));
+        }
+        // Four fit a region: of nine in a row, whoever else takes weights meanwhile, some lie next to each other.
+        let ends_where_next_begins = |pair: &[AlignedBuf]| {
+            pair[0].as_slice().as_ptr() as usize + REGION_BYTES / 4 == pair[1].as_slice().as_ptr() as usize
+        };
+        let (first, second) = bufs.split_at(4);
+        assert!(bufs.windows(2).any(ends_where_next_begins));
+        assert!(first.iter().chain(second).all(|buf| buf.as_slice().as_ptr() as usize % PAGE_BYTES == 0));
+        let mut kept = Vec::new();
+        for (index, buf) in bufs.into_iter().enumerate() {
+            if index % 2 == 0 {
+                kept.push((index as u8 + 1, buf));
+            } else {
+                let at = buf.as_slice().as_ptr();
+                drop(buf);
+                assert!(!is_resident(at), "what was dropped is still in memory");
+            }
+        }
+        assert!(kept.iter().all(|(byte, buf)| buf.as_slice().iter().all(|here| here == byte)));
+    }
+
+    /// Whether the page at `at` has memory.
+    fn is_resident(at: *const u8) -> bool {
+        let mut state = 0u8;
+        // SAFETY: asks about one page, and writes one byte; an address that is not mapped is an error.
+        let asked = unsafe { libc::mincore(at.cast_mut().cast(), 1, &raw mut state) };
+        asked == 0 && state & 1 == 1
     }
 
     #[test]
