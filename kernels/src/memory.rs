@@ -2,7 +2,8 @@
 
 use std::alloc::{Layout, alloc_zeroed, dealloc};
 use std::ptr::NonNull;
-use std::sync::{Arc, Mutex, PoisonError};
+#[cfg(target_os = "linux")]
+use std::sync::{Mutex, PoisonError};
 
 use memmap2::MmapMut;
 
@@ -13,10 +14,13 @@ pub(crate) const LINE_BYTES: usize = 64;
 /// Weights are asked to lie in huge pages: at one row a GEMM walks all of them, and a TLB miss every 4 KiB costs about a tenth
 /// of the bandwidth.
 const HUGE_PAGE_BYTES: usize = 2 << 20;
-/// What is given back to the system, at least.
-const PAGE_BYTES: usize = 4 << 10;
-/// Address space that weights are taken from one after another: an expert's own end would leave up to a huge page of small ones.
+/// Address space that weights are taken from one after another. With a mapping for each, the last part of each, up to a huge
+/// page, would lie in small ones.
 const REGION_BYTES: usize = 64 << 20;
+/// Weights below this would keep more of a huge page than they use when their neighbours go.
+const REGION_PART_MIN: usize = HUGE_PAGE_BYTES / 4;
+/// What weights are rounded up to in a region: a page, however large the system's are.
+const PAGE_BYTES: usize = 64 << 10;
 /// What is of at least this size has a mapping of its own if it comes and goes, which the system has back as soon as it is
 /// dropped: an allocator keeps what experts leave behind that move to other nodes, and what the rows of a burst needed.
 const MAPPED_BYTES_MIN: usize = 64 << 10;
@@ -32,36 +36,72 @@ enum Storage {
     None,
     Allocated(NonNull<u8>, Layout),
     Mapped(#[allow(dead_code, reason = "held to be unmapped when it is dropped")] MmapMut),
-    /// Whole pages of it.
-    Part(#[allow(dead_code, reason = "held to be unmapped with the last part")] Arc<Region>),
+    /// Whole pages of a region, so many bytes: unmapped when dropped.
+    #[cfg(target_os = "linux")]
+    Part(usize),
 }
 
-/// Where weights lie, next to each other. Nothing that was given back is taken again: it is unmapped with its last part.
+/// What is left of the region that weights are taken from.
+#[cfg(target_os = "linux")]
 struct Region {
     start: NonNull<u8>,
-    len: usize,
-    #[allow(dead_code, reason = "held to be unmapped when it is dropped")]
-    map: MmapMut,
+    left: usize,
 }
 
-// SAFETY: parts do not overlap, and each is one buffer's.
+#[cfg(target_os = "linux")]
+// SAFETY: pages that nobody else refers to.
 unsafe impl Send for Region {}
-// SAFETY: as above.
-unsafe impl Sync for Region {}
 
-/// The region that weights are taken from, and how much of it is taken.
-static REGION: Mutex<Option<(Arc<Region>, usize)>> = Mutex::new(None);
+#[cfg(target_os = "linux")]
+static REGION: Mutex<Option<Region>> = Mutex::new(None);
 
+#[cfg(target_os = "linux")]
 impl Region {
     fn new(len: usize) -> Result<Region, KernelError> {
-        let (map, start) = mapped(len, HUGE_PAGE_BYTES)?;
-        #[cfg(target_os = "linux")]
-        // SAFETY: the range is inside our own mapping, and the advice changes no contents. A refusal (a kernel without huge
-        // pages) is harmless, so its result is not needed.
+        let memory = || KernelError::Memory { bytes: len };
+        let total = len.checked_add(HUGE_PAGE_BYTES).ok_or_else(memory)?;
+        let mut map = MmapMut::map_anon(total).map_err(|_| memory())?;
+        let base = NonNull::new(map.as_mut_ptr()).ok_or_else(memory)?;
+        // Its parts are unmapped one by one.
+        std::mem::forget(map);
+        let skip = base.as_ptr().align_offset(HUGE_PAGE_BYTES);
+        // SAFETY: skip is at most what was mapped beyond `len`; what lies before and after is ours and is not referred to. The
+        // advice changes no contents, and a refusal (a kernel without huge pages) is harmless, so its result is not needed.
         unsafe {
+            let start = base.add(skip);
+            unmap(base, skip);
+            unmap(start.add(len), HUGE_PAGE_BYTES - skip);
             libc::madvise(start.as_ptr().cast(), len, libc::MADV_HUGEPAGE);
+            Ok(Region { start, left: len })
         }
-        Ok(Region { start, len, map })
+    }
+
+    /// Its first `bytes`, which it has.
+    fn take(&mut self, bytes: usize) -> NonNull<u8> {
+        assert!(bytes <= self.left, "more than is left of a region");
+        let taken = self.start;
+        // SAFETY: inside of what is mapped, or at its end.
+        self.start = unsafe { taken.add(bytes) };
+        self.left -= bytes;
+        taken
+    }
+}
+
+#[cfg(target_os = "linux")]
+impl Drop for Region {
+    fn drop(&mut self) {
+        // SAFETY: pages that nobody refers to.
+        unsafe { unmap(self.start, self.left) }
+    }
+}
+
+/// # Safety
+/// Whole pages of a mapping, to which nothing refers.
+#[cfg(target_os = "linux")]
+unsafe fn unmap(start: NonNull<u8>, len: usize) {
+    if len > 0 {
+        // SAFETY: the caller's promise. It fails where no mapping more can be had, of which this may need one: pages stay then.
+        unsafe { libc::munmap(start.as_ptr().cast(), len) };
     }
 }
 
@@ -88,34 +128,28 @@ impl AlignedBuf {
         if len < MAPPED_BYTES_MIN {
             return AlignedBuf::zeroed(len);
         }
-        let (map, start) = mapped(len, LINE_BYTES)?;
+        let memory = || KernelError::Memory { bytes: len };
+        let mut map = MmapMut::map_anon(len).map_err(|_| memory())?;
+        let start = NonNull::new(map.as_mut_ptr()).ok_or_else(memory)?;
         Ok(AlignedBuf { storage: Storage::Mapped(map), start, len })
     }
 
     /// As [`AlignedBuf::passing`], for bytes that will be written at once and read often.
     pub fn for_weights(len: usize) -> Result<AlignedBuf, KernelError> {
-        if len < MAPPED_BYTES_MIN {
-            return AlignedBuf::zeroed(len);
+        #[cfg(target_os = "linux")]
+        if len >= REGION_PART_MIN {
+            let whole = len.checked_next_multiple_of(PAGE_BYTES).ok_or(KernelError::Memory { bytes: len })?;
+            let part = |start| AlignedBuf { storage: Storage::Part(whole), start, len };
+            if whole > REGION_BYTES / 2 {
+                return Ok(part(Region::new(whole)?.take(whole)));
+            }
+            let mut region = REGION.lock().unwrap_or_else(PoisonError::into_inner);
+            if region.as_ref().is_none_or(|region| region.left < whole) {
+                *region = Some(Region::new(REGION_BYTES)?);
+            }
+            return Ok(part(region.as_mut().expect("there is one now").take(whole)));
         }
-        let whole = len.checked_next_multiple_of(PAGE_BYTES).ok_or(KernelError::Memory { bytes: len })?;
-        if whole > REGION_BYTES / 2 {
-            return Ok(AlignedBuf::part(Arc::new(Region::new(whole)?), 0, len));
-        }
-        let mut current = REGION.lock().unwrap_or_else(PoisonError::into_inner);
-        let (region, from) = match current.take() {
-            Some((region, taken)) if region.len - taken >= whole => (region, taken),
-            _ => (Arc::new(Region::new(REGION_BYTES)?), 0),
-        };
-        *current = Some((region.clone(), from + whole));
-        Ok(AlignedBuf::part(region, from, len))
-    }
-
-    // Pages from `from` on that nobody else has.
-    fn part(region: Arc<Region>, from: usize, len: usize) -> AlignedBuf {
-        assert!(from <= region.len && len <= region.len - from, "a part outside of its region");
-        // SAFETY: inside the region's mapping as checked.
-        let start = unsafe { region.start.add(from) };
-        AlignedBuf { storage: Storage::Part(region), start, len }
+        AlignedBuf::passing(len)
     }
 
     // Over-allocates and aligns by hand: the allocator zeroes large plain requests lazily (fresh pages), but writes
@@ -156,25 +190,11 @@ impl Drop for AlignedBuf {
             // SAFETY: allocated in `with_alignment` with this layout, freed once.
             Storage::Allocated(base, layout) => unsafe { dealloc(base.as_ptr(), layout) },
             #[cfg(target_os = "linux")]
-            // SAFETY: whole pages of the region that are this buffer's alone and that nothing refers to any more. The system
-            // may refuse, which keeps them until the region goes.
-            Storage::Part(_) => unsafe {
-                libc::madvise(self.start.as_ptr().cast(), self.len.next_multiple_of(PAGE_BYTES), libc::MADV_DONTNEED);
-            },
-            _ => {}
+            // SAFETY: pages that were taken for this buffer alone, unmapped once.
+            Storage::Part(bytes) => unsafe { unmap(self.start, bytes) },
+            Storage::None | Storage::Mapped(_) => {}
         }
     }
-}
-
-// Zeroed bytes of a mapping of their own. Over-maps and aligns by hand, if a page's alignment is not enough.
-fn mapped(len: usize, align: usize) -> Result<(MmapMut, NonNull<u8>), KernelError> {
-    let memory = || KernelError::Memory { bytes: len };
-    let total = if align > LINE_BYTES { len.checked_add(align).ok_or_else(memory)? } else { len };
-    let mut map = MmapMut::map_anon(total).map_err(|_| memory())?;
-    let base = NonNull::new(map.as_mut_ptr()).ok_or_else(memory)?;
-    let skip = base.as_ptr().align_offset(align);
-    // SAFETY: skip is 0 for an alignment that pages have, else less than align, and len + align bytes were mapped.
-    Ok((map, unsafe { base.add(skip) }))
 }
 
 impl std::fmt::Debug for AlignedBuf {
@@ -189,7 +209,8 @@ mod tests {
 
     #[test]
     fn buffers_are_aligned_zeroed_and_writable_to_the_last_byte() {
-        for len in [0, 1, 63, 64, 4097, MAPPED_BYTES_MIN, MAPPED_BYTES_MIN + 1, HUGE_PAGE_BYTES + 5] {
+        let sizes = [MAPPED_BYTES_MIN, REGION_PART_MIN, HUGE_PAGE_BYTES + 5, REGION_BYTES + 1];
+        for len in [0, 1, 63, 64, 4097].into_iter().chain(sizes) {
             let mut buf = AlignedBuf::for_weights(len).unwrap();
             assert_eq!(buf.as_slice().as_ptr() as usize % LINE_BYTES, 0);
             assert_eq!(buf.len(), len);
@@ -199,43 +220,37 @@ mod tests {
         }
     }
 
+    #[cfg(target_os = "linux")]
     #[test]
-    fn weights_lie_next_to_each_other_and_go_back_to_the_system_alone() {
-        let buf = |byte| {
-            let mut buf = AlignedBuf::for_weights(REGION_BYTES / 4 - PAGE_BYTES + 1).unwrap();
-            buf.as_mut_slice().fill(byte);
-            buf
-        };
-        let bufs: Vec<AlignedBuf> = (1..=9).map(buf).collect();
-        for (byte, buf) in (1..=9).zip(&bufs) {
-            assert!(buf.as_slice().iter().all(|&here| here == byte));
-        }
-        // Four fit a region: of nine in a row, whoever else takes weights meanwhile, some lie next to each other.
-        let ends_where_next_begins = |pair: &[AlignedBuf]| {
-            pair[0].as_slice().as_ptr() as usize + REGION_BYTES / 4 == pair[1].as_slice().as_ptr() as usize
-        };
-        let (first, second) = bufs.split_at(4);
-        assert!(bufs.windows(2).any(ends_where_next_begins));
-        assert!(first.iter().chain(second).all(|buf| buf.as_slice().as_ptr() as usize % PAGE_BYTES == 0));
-        let mut kept = Vec::new();
+    fn weights_lie_next_to_each_other_and_leave_memory_alone() {
+        let bytes = REGION_BYTES / 8;
+        let bufs: Vec<AlignedBuf> = (1..=17)
+            .map(|byte| {
+                let mut buf = AlignedBuf::for_weights(bytes - 1).unwrap();
+                buf.as_mut_slice().fill(byte);
+                buf
+            })
+            .collect();
+        // Eight fit a region: some of them follow each other, whoever else takes weights meanwhile.
+        let address = |buf: &AlignedBuf| buf.as_slice().as_ptr() as usize;
+        assert!(bufs.windows(2).any(|pair| address(&pair[0]) + bytes == address(&pair[1])));
+        let (mut kept, mut left) = (Vec::new(), Vec::new());
         for (index, buf) in bufs.into_iter().enumerate() {
-            if index % 2 == 0 {
-                kept.push((index as u8 + 1, buf));
-            } else {
-                let at = buf.as_slice().as_ptr();
-                drop(buf);
-                assert!(!is_resident(at), "what was dropped is still in memory");
-            }
+            if index % 2 == 0 { kept.push((index as u8 + 1, buf)) } else { left.push(buf) }
         }
+        let before = resident_bytes();
+        let dropped = left.len() * bytes;
+        drop(left);
+        // Other tests come and go: what they hold is far less.
+        assert!(resident_bytes() + dropped / 2 < before, "what was dropped is still in memory");
         assert!(kept.iter().all(|(byte, buf)| buf.as_slice().iter().all(|here| here == byte)));
     }
 
-    /// Whether the page at `at` has memory.
-    fn is_resident(at: *const u8) -> bool {
-        let mut state = 0u8;
-        // SAFETY: asks about one page, and writes one byte; an address that is not mapped is an error.
-        let asked = unsafe { libc::mincore(at.cast_mut().cast(), 1, &raw mut state) };
-        asked == 0 && state & 1 == 1
+    #[cfg(target_os = "linux")]
+    fn resident_bytes() -> usize {
+        let status = std::fs::read_to_string("/proc/self/status").unwrap();
+        let line = status.lines().find(|line| line.starts_with("VmRSS")).unwrap();
+        line.split_whitespace().nth(1).unwrap().parse::<usize>().unwrap() * 1024
     }
 
     #[test]
