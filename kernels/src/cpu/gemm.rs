@@ -625,6 +625,7 @@ unsafe fn kernel_widened<S: Simd, const KIND: u8, const MR: usize, const NR: usi
             for half in 0..inputs_a_step {
                 for j in 0..NR {
                     let w = blocks.further(w, j, 0);
+                    // One reading for each half, and inputs for each block: what is kept takes the sums' registers.
                     let w = if KIND == WIDENED { s.again(w) } else { w };
                     let weights = if KIND == WIDENED_F32 { s.load(w.cast()) } else { s.half(half, w.cast()) };
                     for i in 0..MR {
