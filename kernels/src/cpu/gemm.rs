@@ -286,8 +286,6 @@ pub(crate) struct Panel<'a> {
     k: usize,
     /// Times that the weights are read.
     passes: usize,
-    /// Bytes of each line that a pass over widened inputs asks for.
-    line_share: usize,
     /// [`Product::asks`].
     asks: bool,
 }
@@ -325,8 +323,7 @@ impl<'a> Panel<'a> {
         // Tasks end between panels or with the last one, so all blocks that lie side by side are this part's.
         assert!(start + blocks * p.block_bytes <= p.weights.len(), "a panel outside of the weights");
         let Product { weights, k, block_bytes, side_by_side, asks, .. } = *p;
-        let line_share = (LANES * 4).div_ceil(passes);
-        Panel { weights, start, blocks, block_bytes, side_by_side, k, passes, line_share, asks }
+        Panel { weights, start, blocks, block_bytes, side_by_side, k, passes, asks }
     }
 
     /// Its blocks from `first` on.
@@ -337,18 +334,10 @@ impl<'a> Panel<'a> {
             let start = base.wrapping_add(first * self.block_bytes);
             return Blocks { start, block_stride: self.block_bytes, step_stride: LANES * 4 };
         }
-        let (beside, within) = self.group_of(first);
+        let (beside, within) = (first - first % self.side_by_side, first % self.side_by_side);
         let width = self.side_by_side.min(self.blocks - beside);
         let start = base.wrapping_add(beside * self.block_bytes + within * LANES * 4);
         Blocks { start, block_stride: LANES * 4, step_stride: width * LANES * 4 }
-    }
-
-    /// The first of the blocks that lie beside `block`, and which of them it is.
-    #[inline(always)]
-    fn group_of(&self, block: usize) -> (usize, usize) {
-        // A power of two (`Layout`): a division would be felt between two short chunks.
-        let within = block & (self.side_by_side - 1);
-        (block - within, within)
     }
 
     /// What pass `pass` over a chunk asks for of the next, whose steps begin with `step`, in quarters: the first of several
@@ -606,16 +595,16 @@ unsafe fn kernel_widened<S: Simd, const KIND: u8, const MR: usize, const NR: usi
     let inputs_a_step = if KIND == WIDENED_F32 { 1 } else { 2 };
     let (steps, blocks) = (&pass.steps, panel.blocks_from(first));
     let (at, count) = (blocks.at(steps.start), steps.len());
-    // What each pass asks for at a step.
-    let stride = NR * panel.line_share;
-    let (beside, within) = panel.group_of(first);
+    // What each pass asks for at a step, of the lines that a step of these blocks has.
+    let stride = (NR * LANES * 4).div_ceil(panel.passes);
+    let beside = first - first % panel.side_by_side;
     let next = if steps.end == panel.k.div_ceil(inputs_a_step) {
         panel.blocks_from(0).start.wrapping_add((beside + panel.blocks) * panel.block_bytes)
     } else {
         panel.blocks_from(beside).at(steps.end)
     };
     // Those before are asked for by the blocks before.
-    let next = next.wrapping_add((within / NR * panel.passes + pass.number) * count * stride);
+    let next = next.wrapping_add(((first - beside) / NR * panel.passes + pass.number) * count * stride);
     let mut acc = [[s.splat(0.0); NR]; MR];
     // SAFETY: every weight read lies in the blocks, every input and sum in its row.
     unsafe {
