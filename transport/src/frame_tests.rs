@@ -53,13 +53,19 @@ fn a_dispatch_reads_as_it_was_written() {
 fn offsets_are_those_of_the_protocol_document() {
     let header = FrameHeader { flags: 0x0b0a, server_ns: 0x0102_0304_0506_0708, ..dispatch(1, 1, 2) };
     let bytes = header.encode(b"123456789");
-    assert_eq!(&bytes[..8], b"XMF1\x03\x00\x01\x00");
+    assert_eq!(&bytes[..8], b"XMF1\x04\x00\x01\x00");
     assert_eq!(bytes[8..16], 7u64.to_le_bytes());
     assert_eq!(bytes[16..24], 9u64.to_le_bytes());
     assert_eq!(bytes[24..32], 0x0102_0304_0506_0708u64.to_le_bytes());
-    // The check value of CRC-32/ISCSI in the catalogues.
-    assert_eq!(bytes[44..48], 0xe306_9283u32.to_le_bytes());
+    // The lower half of what `xxhsum -H3` prints for these bytes.
+    assert_eq!(bytes[44..48], 0x67a1_7dffu32.to_le_bytes());
     assert_eq!(bytes[48..60], [3, 0, 1, 0, 0, 0, 1, 0, 5, 0, 0x0a, 0x0b]);
+}
+
+#[test]
+fn a_long_body_s_checksum_is_that_of_other_implementations() {
+    let body: Vec<u8> = (0..5000).map(|at| (at % 251) as u8).collect();
+    assert_eq!(BodySum::of(&body), BodySum(0xc423_20ee));
 }
 
 #[test]
@@ -70,7 +76,7 @@ fn answers_carry_the_dispatch_s_identity() {
     assert_eq!((combine.body_bytes, combine.origin, combine.server_ns), (20, Slot(2), 11));
     let abort = asked.abort(Slot(2), AbortReason::ExpertNotHeld);
     for header in [combine, abort, FrameHeader::probe(Slot(2))] {
-        assert_eq!(FrameHeader::decode(&header.encode(&[]), 100), Ok((header, BodyCrc(0))));
+        assert_eq!(FrameHeader::decode(&header.encode(&[]), 100), Ok((header, BodySum(0))));
     }
     assert_eq!(AbortReason::from_flags(abort.flags), AbortReason::ExpertNotHeld);
     for flags in 0..20 {
@@ -108,11 +114,11 @@ fn each_damage_has_its_error() {
 #[test]
 fn a_body_that_is_not_the_header_s_is_found_out() {
     let (header, mut body) = small();
-    let (_, crc) = FrameHeader::decode(&header.encode(&body), 100).unwrap();
-    assert_eq!(crc.check(&body), Ok(()));
+    let (_, sum) = FrameHeader::decode(&header.encode(&body), 100).unwrap();
+    assert_eq!(sum.check(&body), Ok(()));
     for bit in 0..8 * body.len() {
         body[bit / 8] ^= 1 << (bit % 8);
-        assert!(matches!(crc.check(&body), Err(FrameError::BadBodyCrc { .. })), "bit {bit}");
+        assert!(matches!(sum.check(&body), Err(FrameError::BadBody { .. })), "bit {bit}");
         body[bit / 8] ^= 1 << (bit % 8);
     }
 }
@@ -167,7 +173,7 @@ proptest! {
             Kind::Combine => header.pairs * row_bytes,
             Kind::Abort | Kind::Probe => 0,
         };
-        prop_assert_eq!(FrameHeader::decode(&header.encode(&[]), 1 << 23), Ok((header, BodyCrc(0))));
+        prop_assert_eq!(FrameHeader::decode(&header.encode(&[]), 1 << 23), Ok((header, BodySum(0))));
     }
 
     #[test]

@@ -12,7 +12,7 @@ use mio::net::TcpStream;
 
 use crate::buffer::{FrameBuf, Window};
 use crate::fault::{Damage, Way};
-use crate::frame::{BodyCrc, FrameError, FrameHeader, HEADER_BYTES};
+use crate::frame::{BodySum, FrameError, FrameHeader, HEADER_BYTES};
 use crate::{FRAMES_QUEUED_MAX, TransportError};
 
 const STAGING_BYTES: usize = 16 << 10;
@@ -37,7 +37,7 @@ impl Outgoing {
 
 struct Incoming {
     header: FrameHeader,
-    crc: BodyCrc,
+    sum: BodySum,
     body: FrameBuf,
     filled: usize,
 }
@@ -168,9 +168,9 @@ impl Conn {
             incoming.filled += now;
             self.staged.start += now;
             if incoming.filled == incoming.body.len() {
-                if let Some(Incoming { header, crc, mut body, .. }) = self.incoming.take() {
+                if let Some(Incoming { header, sum, mut body, .. }) = self.incoming.take() {
                     self.damage.strike_body(Way::In, &mut body);
-                    crc.check(&body).map_err(|error| self.bad_frame(error))?;
+                    sum.check(&body).map_err(|error| self.bad_frame(error))?;
                     each(header, body);
                     frames += 1;
                 }
@@ -192,12 +192,12 @@ impl Conn {
         };
         let mut bytes = *bytes;
         self.damage.strike_header(Way::In, &mut bytes);
-        let (header, crc) =
+        let (header, sum) =
             FrameHeader::decode(&bytes, window.body_bytes_max()).map_err(|error| self.bad_frame(error))?;
         match window.take_received(header.body_bytes as usize) {
             Ok(body) => {
                 self.staged.start += HEADER_BYTES;
-                self.incoming = Some(Incoming { header, crc, body, filled: 0 });
+                self.incoming = Some(Incoming { header, sum, body, filled: 0 });
                 Ok(true)
             }
             Err(TransportError::WindowFull { .. }) => {

@@ -5,7 +5,7 @@ use std::collections::VecDeque;
 use super::inbox::{CREDITS, HEAD_BYTES, PREFIX_BYTES, Payload, Prefix, Token};
 use crate::buffer::FrameBuf;
 use crate::fault::{Damage, Way};
-use crate::frame::{BodyCrc, FrameError, FrameHeader, HEADER_BYTES};
+use crate::frame::{BodySum, FrameError, FrameHeader, HEADER_BYTES};
 
 /// A frame on its way out, cut into messages.
 #[derive(Debug)]
@@ -179,7 +179,7 @@ impl Outgoing {
 }
 
 /// A header, and what its body has to give.
-type Head = (FrameHeader, BodyCrc);
+type Head = (FrameHeader, BodySum);
 
 /// Where a frame on its way in has got to.
 #[derive(Debug)]
@@ -278,10 +278,10 @@ impl Incoming {
     /// The next frame in order, if it is whole, or what is wrong with its body.
     pub fn next(&mut self, damage: &mut Damage) -> Option<Result<(FrameHeader, FrameBuf), FrameError>> {
         match self.places.pop_front()? {
-            Place::Whole((header, crc), mut body) => {
+            Place::Whole((header, sum), mut body) => {
                 self.delivered += 1;
                 damage.strike_body(Way::In, &mut body);
-                Some(crc.check(&body).map(|()| (header, body)))
+                Some(sum.check(&body).map(|()| (header, body)))
             }
             place => {
                 self.places.push_front(place);
@@ -363,7 +363,7 @@ mod tests {
         arrive(&mut incoming, 0).unwrap();
         incoming.arrived(1, &row.encode(&body), Payload::Placed(body), BODY_BYTES_MAX).unwrap();
         assert!(incoming.next(&mut damage).unwrap().is_ok(), "a frame without a body");
-        assert!(matches!(incoming.next(&mut damage), Some(Err(FrameError::BadBodyCrc { .. }))));
+        assert!(matches!(incoming.next(&mut damage), Some(Err(FrameError::BadBody { .. }))));
     }
 
     #[test]

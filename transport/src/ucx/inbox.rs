@@ -134,7 +134,7 @@ struct Partial {
     header: Option<[u8; HEADER_BYTES]>,
     payload: Payload,
     /// Bytes of the body that came. Where they went is not remembered: a peer that sends the same ones twice has left
-    /// others out, which the body's CRC shows.
+    /// others out, which the body's checksum shows.
     came: usize,
 }
 
