@@ -38,9 +38,55 @@ impl SpinBudget {
     }
 }
 
+/// Spins between two offers of the processor to others, who may be whom we wait for.
+pub(crate) const YIELD_EVERY: u32 = 32;
+/// The same while others take it.
+const YIELD_EVERY_CROWDED: u32 = 2;
+/// What an offer that nobody takes costs at most, until a shorter one was seen.
+const YIELD_MAX: Duration = Duration::from_micros(1);
+
+/// Whether others want the processor that a wait spins on: then it is better theirs, for whoever is waited for may be among
+/// them or wait for them in turn. How long yielding takes tells.
+#[derive(Clone, Debug)]
+pub(crate) struct Crowd {
+    crowded: bool,
+    /// The shortest of all yields: nobody was there.
+    shortest: Duration,
+}
+
+impl Default for Crowd {
+    fn default() -> Self {
+        Self { crowded: false, shortest: YIELD_MAX }
+    }
+}
+
+impl Crowd {
+    /// How often to spin before the next yield.
+    pub fn spins(&self) -> u32 {
+        if self.crowded { YIELD_EVERY_CROWDED } else { YIELD_EVERY }
+    }
+
+    /// Takes note of how long a yield took.
+    pub fn yielded(&mut self, took: Duration) {
+        self.shortest = self.shortest.min(took);
+        self.crowded = took > 2 * self.shortest;
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn who_shares_a_processor_yields_sooner_until_it_is_alone_again() {
+        let mut crowd = Crowd::default();
+        for (took_ns, spins) in
+            [(400, YIELD_EVERY), (900, YIELD_EVERY_CROWDED), (5000, YIELD_EVERY_CROWDED), (500, YIELD_EVERY)]
+        {
+            crowd.yielded(Duration::from_nanos(took_ns));
+            assert_eq!(crowd.spins(), spins, "{took_ns} ns");
+        }
+    }
 
     const MAX: Duration = Duration::from_millis(2);
 

@@ -18,7 +18,7 @@ use super::worker::{Finished, Worker};
 use crate::buffer::{BODY_ALIGN, FrameBuf, Window};
 use crate::fault::{Damage, Spot, Way};
 use crate::frame::{FrameHeader, HEADER_BYTES};
-use crate::spin::SpinBudget;
+use crate::spin::{Crowd, SpinBudget, YIELD_EVERY};
 use crate::{
     ChannelId, Credentials, Event, FRAMES_QUEUED_MAX, Identity, Limits, Transport, TransportError, TransportKind,
     TransportStats, Wake,
@@ -28,8 +28,6 @@ use crate::{
 const PROGRESS_MAX: usize = 16;
 /// Polls, or spins of a wait, between two looks at the sockets, which cost a system call.
 const SOCKETS_EVERY: u32 = 256;
-/// Spins of a wait between two offers of the processor to others, who may be whom we wait for.
-const YIELD_EVERY: u32 = 32;
 /// Pauses between two spins of a wait.
 const PAUSES: u32 = 2;
 /// Bytes of a body in one message where the peer shares memory: UCX passes 8,256 at a time through it (its
@@ -75,6 +73,7 @@ impl Queues {
 pub struct UcxTransport {
     limits: Limits,
     budget: SpinBudget,
+    crowd: Crowd,
     window: Arc<Window>,
     waker: Arc<Waker>,
     options: UcxOptions,
@@ -118,6 +117,7 @@ impl UcxTransport {
         Ok(Self {
             channels: (0..limits.channels_max).map(|_| None).collect(),
             budget: SpinBudget::new(limits.spin_max),
+            crowd: Crowd::default(),
             limits,
             window,
             waker,
@@ -625,9 +625,9 @@ impl UcxTransport {
         self.polls = SOCKETS_EVERY;
     }
 
-    /// Spins [`YIELD_EVERY`] times; whether there is something to poll for.
+    /// Spins until it is time to yield; whether there is something to poll for.
     fn spin_briefly(&mut self) -> bool {
-        for _ in 0..YIELD_EVERY {
+        for _ in 0..self.crowd.spins() {
             if self.queues.worker.progress() || self.queues.worker.inbox().has_news() || self.waker.take() {
                 return true;
             }
@@ -650,10 +650,12 @@ impl UcxTransport {
                 if self.spin_briefly() {
                     return true;
                 }
-                if Instant::now() >= spun {
+                let now = Instant::now();
+                if now >= spun {
                     return spun >= deadline;
                 }
                 std::thread::yield_now();
+                self.crowd.yielded(now.elapsed());
             }
             if self.queues.worker.pending() > 0 && self.reap() {
                 return true;
