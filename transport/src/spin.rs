@@ -77,17 +77,6 @@ impl Crowd {
 mod tests {
     use super::*;
 
-    #[test]
-    fn who_shares_a_processor_yields_sooner_until_it_is_alone_again() {
-        let mut crowd = Crowd::default();
-        for (took_ns, spins) in
-            [(400, YIELD_EVERY), (900, YIELD_EVERY_CROWDED), (5000, YIELD_EVERY_CROWDED), (500, YIELD_EVERY)]
-        {
-            crowd.yielded(Duration::from_nanos(took_ns));
-            assert_eq!(crowd.spins(), spins, "{took_ns} ns");
-        }
-    }
-
     const MAX: Duration = Duration::from_millis(2);
 
     #[test]
@@ -124,5 +113,16 @@ mod tests {
         let mut budget = SpinBudget::new(Duration::from_micros(5));
         budget.learn(Duration::from_micros(4));
         assert_eq!(budget.next(), Duration::from_micros(5));
+    }
+
+    #[test]
+    fn who_shares_a_processor_yields_sooner_until_it_is_alone_again() {
+        let mut crowd = Crowd::default();
+        for (took_ns, spins) in
+            [(400, YIELD_EVERY), (900, YIELD_EVERY_CROWDED), (5000, YIELD_EVERY_CROWDED), (500, YIELD_EVERY)]
+        {
+            crowd.yielded(Duration::from_nanos(took_ns));
+            assert_eq!(crowd.spins(), spins, "{took_ns} ns");
+        }
     }
 }
