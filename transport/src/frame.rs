@@ -393,8 +393,8 @@ impl FrameHeader {
     }
 }
 
-/// What a frame's body has to give, as its header says: the lower half of its XXH3 of 64 bits, which costs half of what a CRC
-/// costs or less (`docs/decisions/0007-checksum-of-bodies.md`), and 0 where there is no body.
+/// What a frame's body has to give, as its header says: the lower half of its XXH3 of 64 bits, which costs less than a CRC
+/// (`docs/decisions/0007-checksum-of-bodies.md`), and 0 where there is no body.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct BodySum(u32);
 

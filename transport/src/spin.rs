@@ -39,7 +39,7 @@ impl SpinBudget {
 }
 
 /// Spins between two offers of the processor to others, who may be whom we wait for.
-pub(crate) const YIELD_EVERY: u32 = 32;
+const YIELD_EVERY: u32 = 32;
 /// The same while others take it.
 const YIELD_EVERY_CROWDED: u32 = 2;
 /// What an offer that nobody takes costs at most, until a shorter one was seen.

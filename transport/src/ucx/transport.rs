@@ -18,7 +18,7 @@ use super::worker::{Finished, Worker};
 use crate::buffer::{BODY_ALIGN, FrameBuf, Window};
 use crate::fault::{Damage, Spot, Way};
 use crate::frame::{FrameHeader, HEADER_BYTES};
-use crate::spin::{Crowd, SpinBudget, YIELD_EVERY};
+use crate::spin::{Crowd, SpinBudget};
 use crate::{
     ChannelId, Credentials, Event, FRAMES_QUEUED_MAX, Identity, Limits, Transport, TransportError, TransportKind,
     TransportStats, Wake,
@@ -26,8 +26,10 @@ use crate::{
 
 /// Calls of `ucp_worker_progress` in one poll, at most: a peer that never stops must not keep the caller from its events.
 const PROGRESS_MAX: usize = 16;
-/// Polls, or spins of a wait, between two looks at the sockets, which cost a system call.
+/// Polls between two looks at the sockets, which cost a system call.
 const SOCKETS_EVERY: u32 = 256;
+/// Yields of a wait between two looks at them.
+const YIELDS_A_LOOK: u32 = 8;
 /// Pauses between two spins of a wait.
 const PAUSES: u32 = 2;
 /// Bytes of a body in one message where the peer shares memory: UCX passes 8,256 at a time through it (its
@@ -646,7 +648,7 @@ impl UcxTransport {
             return false;
         }
         loop {
-            for _ in 0..SOCKETS_EVERY / YIELD_EVERY {
+            for _ in 0..YIELDS_A_LOOK {
                 if self.spin_briefly() {
                     return true;
                 }
