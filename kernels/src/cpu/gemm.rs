@@ -40,8 +40,6 @@ const INPUT_BLOCK_BYTES: usize = 256 << 10;
 /// Fewer rows than this would read the weights too often.
 const INPUT_BLOCK_ROWS_MIN: usize = 48;
 
-/// Rows of which a micro-kernel of widened inputs has sums for two blocks that lie side by side.
-const WIDENED_ROWS_OF_TWO: usize = 3;
 /// Elements between widened rows: those of neighbours at the same place go to different lines of the cache.
 const WIDENED_APART: usize = 256;
 
@@ -148,8 +146,9 @@ impl Scratch {
 /// part of `out`.
 #[inline(always)]
 pub(crate) unsafe fn product<S: Simd>(s: S, p: &Product<'_>, scratch: &mut Scratch) {
-    let rows_as_they_are = if p.dtype == Dtype::Bf16 { S::ROWS_BF16 } else { S::ROWS_F32 };
-    let widens = S::ROWS_WIDENED > 0 && p.rows.len() > rows_as_they_are;
+    let (rows_as_they_are, rows_widened) =
+        if p.dtype == Dtype::Bf16 { (S::ROWS_BF16, S::ROWS_WIDENED) } else { (S::ROWS_F32, S::ROWS_APART) };
+    let widens = rows_widened > 0 && p.rows.len() > rows_as_they_are;
     let element = if widens { size_of::<f32>() } else { p.dtype.bytes() };
     let block_rows = (INPUT_BLOCK_BYTES / (p.k * element).max(1)).max(INPUT_BLOCK_ROWS_MIN);
     let Scratch { sums, widened } = scratch;
@@ -401,7 +400,8 @@ const fn rows_max<S: Simd>(kind: u8) -> usize {
     match kind {
         F32 => S::ROWS_F32,
         BF16 => S::ROWS_BF16,
-        _ => S::ROWS_WIDENED,
+        WIDENED => S::ROWS_WIDENED,
+        _ => S::ROWS_APART,
     }
 }
 
@@ -424,7 +424,15 @@ unsafe fn fill<S: Simd, const KIND: u8>(
             3 => fill_rows::<S, KIND, 3>(s, x, panel, pass, sums),
             4 => fill_rows::<S, KIND, 4>(s, x, panel, pass, sums),
             5 => fill_rows::<S, KIND, 5>(s, x, panel, pass, sums),
-            _ => fill_rows::<S, KIND, 6>(s, x, panel, pass, sums),
+            6 => fill_rows::<S, KIND, 6>(s, x, panel, pass, sums),
+            7 => fill_rows::<S, KIND, 7>(s, x, panel, pass, sums),
+            8 => fill_rows::<S, KIND, 8>(s, x, panel, pass, sums),
+            9 => fill_rows::<S, KIND, 9>(s, x, panel, pass, sums),
+            10 => fill_rows::<S, KIND, 10>(s, x, panel, pass, sums),
+            11 => fill_rows::<S, KIND, 11>(s, x, panel, pass, sums),
+            12 => fill_rows::<S, KIND, 12>(s, x, panel, pass, sums),
+            13 => fill_rows::<S, KIND, 13>(s, x, panel, pass, sums),
+            _ => fill_rows::<S, KIND, 14>(s, x, panel, pass, sums),
         }
     }
 }
@@ -439,17 +447,22 @@ unsafe fn fill_rows<S: Simd, const KIND: u8, const MR: usize>(
     pass: Pass,
     sums: &mut [Sums],
 ) {
-    if MR > rows_max::<S>(KIND) {
+    if const { MR > rows_max::<S>(KIND) } {
         return;
     }
     assert!(sums.len() >= MR, "a pass has sums for its rows");
     let (blocks, to) = (panel.blocks, sums.as_mut_ptr().cast::<f32>());
     if is_widened(KIND) {
+        let wide = S::blocks_widened(MR, panel.passes).min(panel.side_by_side);
         let mut first = 0;
         while first < blocks {
+            let left = blocks - first;
             // SAFETY: blocks `first..first + NR` exist and lie side by side, as does the rest by the caller's promise.
             unsafe {
-                if MR <= WIDENED_ROWS_OF_TWO && panel.passes == 1 && panel.side_by_side > 1 && first + 1 < blocks {
+                if wide >= 4 && left >= 4 {
+                    kernel_widened::<S, KIND, MR, 4>(s, first, x, panel, &pass, to);
+                    first += 4;
+                } else if wide >= 2 && left >= 2 {
                     kernel_widened::<S, KIND, MR, 2>(s, first, x, panel, &pass, to);
                     first += 2;
                 } else {
@@ -623,11 +636,26 @@ unsafe fn kernel_widened<S: Simd, const KIND: u8, const MR: usize, const NR: usi
             let w = blocks.further(at, 0, step);
             let input = (steps.start + step) * inputs_a_step;
             for half in 0..inputs_a_step {
+                let weight = |w: *const u8| {
+                    if KIND == WIDENED_F32 { s.load(w.cast()) } else { s.half(half, w.cast()) }
+                };
+                if const { S::KEEPS_WEIGHTS } {
+                    let mut weights = [weight(w); NR];
+                    for j in 1..NR {
+                        weights[j] = weight(blocks.further(w, j, 0));
+                    }
+                    for i in 0..MR {
+                        let value = s.splat(x[i].cast::<f32>().wrapping_add(input + half).read_unaligned());
+                        for j in 0..NR {
+                            acc[i][j] = s.fma(value, weights[j], acc[i][j]);
+                        }
+                    }
+                    continue;
+                }
                 for j in 0..NR {
                     let w = blocks.further(w, j, 0);
                     // One reading for each half, and inputs for each block: what is kept takes the sums' registers.
-                    let w = if KIND == WIDENED { s.again(w) } else { w };
-                    let weights = if KIND == WIDENED_F32 { s.load(w.cast()) } else { s.half(half, w.cast()) };
+                    let weights = weight(if KIND == WIDENED { s.again(w) } else { w });
                     for i in 0..MR {
                         let at = x[i].cast::<f32>().wrapping_add(input + half);
                         let value = s.splat(if j > 0 { s.again(at) } else { at }.read_unaligned());

@@ -26,6 +26,7 @@ impl Simd for Portable {
     const ROWS_BF16: usize = 2;
     // No faster and no slower: every machine's tests take this way too.
     const ROWS_WIDENED: usize = 2;
+    const ROWS_APART: usize = 2;
     const QUERIES: usize = 1;
 
     #[inline(always)]

@@ -7,7 +7,7 @@ use crate::Dtype;
 use crate::matrix::{LANES, PANEL_BLOCKS};
 
 /// Most rows that a micro-kernel takes at once, on any instruction set.
-pub(crate) const ROWS_MAX: usize = 6;
+pub(crate) const ROWS_MAX: usize = 14;
 /// Column blocks in a tile: what is computed before the epilogue runs.
 pub(crate) const TILE_BLOCKS: usize = PANEL_BLOCKS;
 
@@ -24,15 +24,23 @@ pub(crate) trait Simd: Copy {
     const ROWS_F32: usize;
     /// The same for bf16.
     const ROWS_BF16: usize;
-    /// The same for inputs that were widened to f32 before (those of f32: copied) and lie apart, where `dot` is an `fma` with the
-    /// earlier half and one with the later; 0 where widening inputs before gains nothing, or was never measured. With more rows
-    /// than the two above, that is how they are multiplied.
+    /// The same for bf16 inputs that were widened to f32 before and lie apart, where `dot` is an `fma` with the earlier half and one
+    /// with the later; 0 where that gains nothing, or was never measured. With more rows than above, that is how they are
+    /// multiplied.
     const ROWS_WIDENED: usize = 0;
+    /// The same for inputs of f32, copied to where widened ones lie.
+    const ROWS_APART: usize = 0;
+    /// Whether there are registers for the weights of all blocks of a micro-kernel of widened inputs.
+    const KEEPS_WEIGHTS: bool = false;
     /// Attention queries that share one walk over a page.
     const QUERIES: usize;
 
     /// Column blocks that a micro-kernel of `rows` rows takes at once: 1, 2 or 4.
     fn blocks(rows: usize, bf16: bool) -> usize;
+    /// The same for widened inputs, whose rows pass over the weights so many times.
+    fn blocks_widened(_rows: usize, _passes: usize) -> usize {
+        1
+    }
 
     fn splat(self, x: f32) -> Self::V;
     fn add(self, a: Self::V, b: Self::V) -> Self::V;

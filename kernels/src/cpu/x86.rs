@@ -154,7 +154,15 @@ impl Simd for Avx512 {
     type Pair = [__m512; 2];
     type Pairs = [__m512; 2];
 
-    const ROWS_BF16: usize = 6;
+    const ROWS_BF16: usize = 4;
+    const ROWS_WIDENED: usize = 14;
+    const KEEPS_WEIGHTS: bool = true;
+
+    // Four blocks of six rows are 24 sums, two of fourteen 28.
+    #[inline(always)]
+    fn blocks_widened(rows: usize, _passes: usize) -> usize {
+        if rows <= 6 { 4 } else { 2 }
+    }
 
     // bf16 needs two registers for each block of weights.
     #[inline(always)]
@@ -176,6 +184,14 @@ impl Simd for Avx512 {
     }
 
     promised! {
+        half(half: usize, at: *const u32) -> __m512 = {
+            let both = _mm512_loadu_si512(at.cast());
+            if half == 0 {
+                _mm512_castsi512_ps(_mm512_slli_epi32::<16>(both))
+            } else {
+                _mm512_castsi512_ps(_mm512_and_si512(both, _mm512_set1_epi32(0xffff_0000_u32 as i32)))
+            }
+        };
         load_pairs(at: *const u32) -> [__m512; 2] = {
             let bits = _mm512_loadu_si512(at.cast());
             let high = _mm512_and_si512(bits, _mm512_set1_epi32(0xffff_0000_u32 as i32));
@@ -194,11 +210,17 @@ impl Simd for Avx2 {
     const ROWS_F32: usize = 2;
     const ROWS_BF16: usize = 1;
     const ROWS_WIDENED: usize = 6;
+    const ROWS_APART: usize = 6;
     const QUERIES: usize = 2;
 
     #[inline(always)]
     fn blocks(_rows: usize, _bf16: bool) -> usize {
         2
+    }
+
+    #[inline(always)]
+    fn blocks_widened(rows: usize, passes: usize) -> usize {
+        if rows <= 3 && passes == 1 { 2 } else { 1 }
     }
 
     proven! {
