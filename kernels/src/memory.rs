@@ -13,12 +13,12 @@ use crate::KernelError;
 pub(crate) const LINE_BYTES: usize = 64;
 /// Weights are asked to lie in huge pages: at one row a GEMM walks all of them, and a TLB miss every 4 KiB costs about a tenth
 /// of the bandwidth.
-const HUGE_PAGE_BYTES: usize = 2 << 20;
+pub(crate) const HUGE_PAGE_BYTES: usize = 2 << 20;
 /// Address space that weights are taken from one after another. With a mapping for each, the last part of each, up to a huge
 /// page, would lie in small ones.
 const REGION_BYTES: usize = 64 << 20;
 /// Weights below this would keep more of a huge page than they use when their neighbours go.
-const REGION_PART_MIN: usize = HUGE_PAGE_BYTES / 4;
+pub(crate) const REGION_PART_MIN: usize = HUGE_PAGE_BYTES / 4;
 /// What weights are rounded up to in a region: a page, however large the system's are.
 const PAGE_BYTES: usize = 64 << 10;
 /// What is of at least this size has a mapping of its own if it comes and goes, which the system has back as soon as it is

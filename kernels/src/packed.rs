@@ -20,7 +20,8 @@
 //! Numbers are little-endian.
 //!
 //! A file is read only if its key, its shapes and both sums are what is asked for; anything else is packed and written
-//! anew. A mapped file must not be truncated or rewritten in place, as with a checkpoint's; replacing it is safe.
+//! anew. What would not lie in huge pages when it is mapped, as the last megabyte of an expert of three, is copied to where
+//! packed weights lie without a file. A mapped file must not be truncated or rewritten in place, as with a checkpoint's; replacing it is safe.
 
 use std::fs::{self, File};
 use std::io::{self, Write};
@@ -33,7 +34,7 @@ use crc_fast::{CrcAlgorithm, Digest};
 use memmap2::Mmap;
 
 use crate::matrix::{Layout, Weights, packed_bytes};
-use crate::memory::LINE_BYTES;
+use crate::memory::{AlignedBuf, HUGE_PAGE_BYTES, LINE_BYTES, REGION_PART_MIN};
 use crate::rows::MatrixView;
 use crate::{Compute, Dtype, Ffn, Matrix};
 
@@ -41,6 +42,8 @@ const MAGIC: [u8; 8] = *b"EMPACK01";
 const FOOTER_BYTES: usize = 512;
 const KEY_AT: usize = 88;
 const MATRICES_MAX: usize = 2;
+/// A matrix is copied out of a mapped file if more of it than one part of this many would lie in small pages.
+const SMALL_PAGES_PART: usize = 8;
 /// What a process left half written when it died is removed after this long.
 const ABANDONED_AFTER: Duration = Duration::from_secs(3600);
 /// Ends the names of files that are being written.
@@ -195,8 +198,26 @@ fn read<const N: usize>(
     Ok(Some(std::array::from_fn(|i| {
         let (layout, start, len) = places[i];
         let (n, k) = shapes[i];
-        Matrix { n, k, dtype, layout, data: Weights::mapped(map.clone(), start, len) }
+        let copied = if fills_huge_pages(start, len) { None } else { copied(&map, start, len) };
+        let data = copied.map_or_else(|| Weights::mapped(map.clone(), start, len), Weights::from);
+        Matrix { n, k, dtype, layout, data }
     })))
+}
+
+/// Whether a mapping of these bytes of a file lies in huge pages, but for a small part, or they are too few to matter.
+fn fills_huge_pages(start: usize, len: usize) -> bool {
+    let whole = ((start + len) / HUGE_PAGE_BYTES).saturating_sub(start.div_ceil(HUGE_PAGE_BYTES)) * HUGE_PAGE_BYTES;
+    len < REGION_PART_MIN || len - whole <= len / SMALL_PAGES_PART
+}
+
+/// These bytes of a mapping in memory of their own, if there is some; the mapping's pages go back to the system.
+fn copied(map: &Mmap, start: usize, len: usize) -> Option<AlignedBuf> {
+    let mut buf = AlignedBuf::for_weights(len).ok()?;
+    buf.as_mut_slice().copy_from_slice(&map[start..start + len]);
+    // SAFETY: nobody writes to the mapping: whoever reads there again finds what the file has. A refusal is harmless.
+    #[cfg(target_os = "linux")]
+    let _ = unsafe { map.unchecked_advise_range(memmap2::UncheckedAdvice::DontNeed, start, len) };
+    Some(buf)
 }
 
 fn crc32c(bytes: &[u8]) -> u32 {
@@ -364,6 +385,24 @@ mod tests {
         }
         let folders = fs::read_dir(root.path()).unwrap().count();
         assert_eq!(folders, 4, "each layout and dtype has its own");
+    }
+
+    #[test]
+    fn what_does_not_fill_huge_pages_of_a_file_is_copied_from_it() {
+        let root = tempfile::tempdir().unwrap();
+        let [cpu, _] = backends(Dtype::Bf16);
+        let (n, k) = (512, HUGE_PAGE_BYTES / 2 / 1024);
+        let bytes: Vec<u8> = (0..(n * k) as u32).flat_map(|i| (i as f32).to_le_bytes()).collect();
+        let packer = Packer::with_cache(cpu.clone(), root.path(), "1").unwrap();
+        let view = || view(n, k, &bytes);
+        let fresh = Packer::new(cpu).pack_ffn("", view(), view(), MatrixView { n: k, k: n, ..view() });
+        for _ in 0..2 {
+            let kept = packer.pack_ffn("e", view(), view(), MatrixView { n: k, k: n, ..view() });
+            assert_eq!((kept.gate_up.bytes(), kept.down.bytes()), (HUGE_PAGE_BYTES, HUGE_PAGE_BYTES / 2));
+            assert!(is_mapped(&kept.gate_up) && !is_mapped(&kept.down));
+            assert_eq!(kept.gate_up.data.as_slice(), fresh.gate_up.data.as_slice());
+            assert_eq!(kept.down.data.as_slice(), fresh.down.data.as_slice());
+        }
     }
 
     #[test]
