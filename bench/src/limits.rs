@@ -3,7 +3,7 @@
 
 use std::time::Instant;
 
-use mesh_kernels::cpu::{Cpu, CpuOptions};
+use mesh_kernels::cpu::{Asking, Cpu, CpuOptions};
 use mesh_kernels::rows::MatrixView;
 use mesh_kernels::{Compute, Dtype, KernelError, Matrix};
 use serde::Serialize;
@@ -70,12 +70,12 @@ impl Probe {
         &self.cpu
     }
 
-    /// Measures, for some six tenths of a second.
+    /// Measures, for some eight tenths of a second.
     pub fn limits(&self) -> Limits {
         let (mut operations, mut bytes) = (0, 0);
         let spin = best_seconds(|| operations = self.cpu.probe_arithmetic(ROUNDS));
-        let mut read = |ahead| best_seconds(|| bytes = self.cpu.probe_read(&self.weights, ahead));
-        let read = read(true).min(read(false));
+        let mut read = |asking| best_seconds(|| bytes = self.cpu.probe_read(&self.weights, asking));
+        let read = Asking::ALL.into_iter().map(&mut read).fold(f64::INFINITY, f64::min);
         Limits { threads: self.threads, gflops: operations as f64 / spin / 1e9, gbytes: bytes as f64 / read / 1e9 }
     }
 }

@@ -16,14 +16,18 @@
 
 use std::ops::Range;
 
+use super::isa::Asking;
 use super::simd::{ROWS_MAX, Simd, TILE_BLOCKS};
+use super::widened;
+use crate::Dtype;
 use crate::matrix::LANES;
-use crate::{Dtype, bf16};
 
 /// Outputs of a tile.
 pub(crate) const TILE_COLS: usize = TILE_BLOCKS * LANES;
 /// How many steps of K ahead of a product the weights are asked for, where the processor's own prefetchers do worse.
-pub(crate) const PREFETCH_STEPS: usize = 32;
+pub(crate) const ASK_STEPS: usize = 32;
+/// The same for those that are asked for again.
+pub(crate) const ASK_AGAIN_STEPS: usize = 8;
 
 /// Steps of K whose weights, of a whole panel, stay in a first-level cache of 32 KiB next to those that are asked for.
 const CHUNK_STEPS: usize = 64;
@@ -39,9 +43,6 @@ const AHEAD_ROWS_MIN: usize = 3;
 const INPUT_BLOCK_BYTES: usize = 256 << 10;
 /// Fewer rows than this would read the weights too often.
 const INPUT_BLOCK_ROWS_MIN: usize = 48;
-
-/// Elements between widened rows: those of neighbours at the same place go to different lines of the cache.
-const WIDENED_APART: usize = 256;
 
 /// Where input rows lie.
 #[derive(Clone, Copy)]
@@ -104,8 +105,8 @@ pub(crate) struct Product<'a> {
     pub block_bytes: usize,
     /// Blocks that lie side by side: 1 where they lie one after another.
     pub side_by_side: usize,
-    /// Whether weights that are read once are asked for ahead.
-    pub asks: bool,
+    /// For weights that are read once.
+    pub asking: Asking,
     /// Elements of an output row.
     pub cols: usize,
     pub x: Source<'a>,
@@ -151,7 +152,7 @@ pub(crate) unsafe fn product<S: Simd>(s: S, p: &Product<'_>, scratch: &mut Scrat
     let widens = rows_widened > 0 && p.rows.len() > rows_as_they_are;
     let element = if widens { size_of::<f32>() } else { p.dtype.bytes() };
     let block_rows = (INPUT_BLOCK_BYTES / (p.k * element).max(1)).max(INPUT_BLOCK_ROWS_MIN);
-    let Scratch { sums, widened } = scratch;
+    let Scratch { sums, widened: kept } = scratch;
     let most = block_rows.min(p.rows.len());
     if sums.len() < most {
         sums.resize(most, Sums([0.0; TILE_COLS]));
@@ -162,55 +163,20 @@ pub(crate) unsafe fn product<S: Simd>(s: S, p: &Product<'_>, scratch: &mut Scrat
         // SAFETY: the caller's promise, for some of the rows.
         unsafe {
             match p.dtype {
-                Dtype::Bf16 if widens => product_widened::<S, WIDENED>(s, p, from, to, widened, sums),
-                Dtype::F32 if widens => product_widened::<S, WIDENED_F32>(s, p, from, to, widened, sums),
+                Dtype::Bf16 if widens => {
+                    let x = widened::inputs(s, p, from, to, kept);
+                    product_of_rows::<S, WIDENED>(s, p, from, to, x, from, sums);
+                }
+                Dtype::F32 if widens => {
+                    let x = widened::inputs(s, p, from, to, kept);
+                    product_of_rows::<S, WIDENED_F32>(s, p, from, to, x, from, sums);
+                }
                 Dtype::Bf16 => product_of_rows::<S, BF16>(s, p, from, to, p.x, 0, sums),
                 Dtype::F32 => product_of_rows::<S, F32>(s, p, from, to, p.x, 0, sums),
             }
         }
         from = to;
     }
-}
-
-/// Widens rows `from..to`, or copies those of f32, and computes their part. An odd number of inputs is followed by a zero, as in
-/// the packed weights.
-/// # Safety
-/// As `product`, for rows `from..to`.
-#[inline(always)]
-unsafe fn product_widened<S: Simd, const KIND: u8>(
-    s: S,
-    p: &Product<'_>,
-    from: usize,
-    to: usize,
-    widened: &mut Vec<f32>,
-    sums: &mut [Sums],
-) {
-    let stride = p.k.next_multiple_of(2) + WIDENED_APART;
-    if widened.len() < (to - from) * stride {
-        widened.resize((to - from) * stride, 0.0);
-    }
-    for (row, wide) in (from..to).zip(widened.chunks_exact_mut(stride)) {
-        // SAFETY: a row holds `k` elements, and vectors end before `k`.
-        unsafe {
-            let (inputs, whole) = (p.x.row(row), p.k - p.k % LANES);
-            for at in (0..whole).step_by(LANES) {
-                s.store(wide.as_mut_ptr().add(at), s.load_as(p.dtype, inputs.add(at * p.dtype.bytes())));
-            }
-            for at in whole..p.k {
-                wide[at] = match p.dtype {
-                    Dtype::Bf16 => bf16::widen(inputs.cast::<u16>().add(at).read_unaligned()),
-                    Dtype::F32 => inputs.cast::<f32>().add(at).read_unaligned(),
-                };
-            }
-        }
-        wide[p.k..p.k.next_multiple_of(2)].fill(0.0);
-    }
-    let bytes = widened.as_ptr().cast::<u8>();
-    // SAFETY: the vector holds that many f32, and whoever holds it mutably is here.
-    let bytes = unsafe { std::slice::from_raw_parts(bytes, size_of_val(widened.as_slice())) };
-    let x = Source::Strided { bytes, stride: stride * size_of::<f32>() };
-    // SAFETY: the caller's promise, and inputs as just widened.
-    unsafe { product_of_rows::<S, KIND>(s, p, from, to, x, from, sums) }
 }
 
 /// # Safety
@@ -230,7 +196,7 @@ unsafe fn product_of_rows<S: Simd, const KIND: u8>(
     let steps = if p.dtype == Dtype::F32 { p.k } else { p.k.div_ceil(2) };
     let chunk = match passes {
         _ if !is_widened(KIND) && p.side_by_side < TILE_BLOCKS => steps,
-        0..=1 if !is_widened(KIND) => steps,
+        0..=1 if !is_widened(KIND) || S::blocks_widened(to - from, 1) == TILE_BLOCKS => steps,
         0..=CHUNK_PASSES_MAX => CHUNK_STEPS.min(steps),
         _ => CHUNK_STEPS_MANY.min(steps),
     };
@@ -278,15 +244,15 @@ pub(crate) struct Panel<'a> {
     /// Where the panel begins in the weights.
     start: usize,
     pub blocks: usize,
-    block_bytes: usize,
+    pub block_bytes: usize,
     /// [`Product::side_by_side`].
-    side_by_side: usize,
+    pub side_by_side: usize,
     /// Inputs.
-    k: usize,
+    pub k: usize,
     /// Times that the weights are read.
-    passes: usize,
-    /// [`Product::asks`].
-    asks: bool,
+    pub passes: usize,
+    /// [`Product::asking`].
+    pub asking: Asking,
 }
 
 /// Where blocks of a panel lie, from one of them on as far as they lie alike.
@@ -321,8 +287,8 @@ impl<'a> Panel<'a> {
         let start = block * p.block_bytes;
         // Tasks end between panels or with the last one, so all blocks that lie side by side are this part's.
         assert!(start + blocks * p.block_bytes <= p.weights.len(), "a panel outside of the weights");
-        let Product { weights, k, block_bytes, side_by_side, asks, .. } = *p;
-        Panel { weights, start, blocks, block_bytes, side_by_side, k, passes, asks }
+        let Product { weights, k, block_bytes, side_by_side, asking, .. } = *p;
+        Panel { weights, start, blocks, block_bytes, side_by_side, k, passes, asking }
     }
 
     /// Its blocks from `first` on.
@@ -365,12 +331,12 @@ enum Ask {
 }
 
 /// Some rows' way over some of a panel's weights.
-struct Pass {
+pub(crate) struct Pass {
     /// Of K.
-    steps: Range<usize>,
+    pub steps: Range<usize>,
     ask: Ask,
     /// Which of [`Panel::passes`].
-    number: usize,
+    pub number: usize,
 }
 
 /// What a micro-kernel multiplies: f32 by f32.
@@ -378,9 +344,9 @@ const F32: u8 = 0;
 /// Inputs and weights of bf16.
 const BF16: u8 = 1;
 /// Inputs that were widened to f32 by weights of bf16.
-const WIDENED: u8 = 2;
+pub(crate) const WIDENED: u8 = 2;
 /// Inputs that lie as widened ones do by weights of f32.
-const WIDENED_F32: u8 = 3;
+pub(crate) const WIDENED_F32: u8 = 3;
 
 const fn is_widened(kind: u8) -> bool {
     kind == WIDENED || kind == WIDENED_F32
@@ -392,8 +358,10 @@ const ASK_NOTHING: u8 = 0;
 const ASK_HALF: u8 = 1;
 /// [`Ask::Quarter`].
 const ASK_QUARTER: u8 = 2;
-/// Its own, [`PREFETCH_STEPS`] ahead.
-const ASK_SHORTLY: u8 = 3;
+/// Its own, [`ASK_STEPS`] ahead.
+const ASK_ONCE: u8 = 3;
+/// As well, and [`ASK_AGAIN_STEPS`] ahead again.
+const ASK_TWICE: u8 = 4;
 
 /// Rows that a micro-kernel holds.
 const fn rows_max<S: Simd>(kind: u8) -> usize {
@@ -460,13 +428,13 @@ unsafe fn fill_rows<S: Simd, const KIND: u8, const MR: usize>(
             // SAFETY: blocks `first..first + NR` exist and lie side by side, as does the rest by the caller's promise.
             unsafe {
                 if wide >= 4 && left >= 4 {
-                    kernel_widened::<S, KIND, MR, 4>(s, first, x, panel, &pass, to);
+                    widened::kernel::<S, KIND, MR, 4>(s, first, x, panel, &pass, to);
                     first += 4;
                 } else if wide >= 2 && left >= 2 {
-                    kernel_widened::<S, KIND, MR, 2>(s, first, x, panel, &pass, to);
+                    widened::kernel::<S, KIND, MR, 2>(s, first, x, panel, &pass, to);
                     first += 2;
                 } else {
-                    kernel_widened::<S, KIND, MR, 1>(s, first, x, panel, &pass, to);
+                    widened::kernel::<S, KIND, MR, 1>(s, first, x, panel, &pass, to);
                     first += 1;
                 }
             }
@@ -488,22 +456,46 @@ unsafe fn fill_rows<S: Simd, const KIND: u8, const MR: usize>(
                     Ask::Quarter(ask) if MR >= AHEAD_ROWS_MIN => {
                         kernel::<S, KIND, MR, 4, ASK_QUARTER>(s, first, x, panel, steps.clone(), [ask; 2], to);
                     }
-                    _ if panel.passes > 1 || !panel.asks => {
+                    _ if panel.passes > 1 || panel.asking == Asking::Never => {
                         kernel::<S, KIND, MR, 4, ASK_NOTHING>(s, first, x, panel, steps.clone(), [x[0]; 2], to);
                     }
-                    _ => kernel::<S, KIND, MR, 4, ASK_SHORTLY>(s, first, x, panel, steps.clone(), [x[0]; 2], to),
+                    _ if panel.asking == Asking::Twice => {
+                        kernel::<S, KIND, MR, 4, ASK_TWICE>(s, first, x, panel, steps.clone(), [x[0]; 2], to);
+                    }
+                    _ => kernel::<S, KIND, MR, 4, ASK_ONCE>(s, first, x, panel, steps.clone(), [x[0]; 2], to),
                 }
                 first += 4;
             } else if wide >= 2 && left >= 2 {
-                if panel.asks {
-                    kernel::<S, KIND, MR, 2, ASK_SHORTLY>(s, first, x, panel, steps.clone(), [x[0]; 2], to);
-                } else {
-                    kernel::<S, KIND, MR, 2, ASK_NOTHING>(s, first, x, panel, steps.clone(), [x[0]; 2], to);
+                match panel.asking {
+                    Asking::Never => {
+                        kernel::<S, KIND, MR, 2, ASK_NOTHING>(s, first, x, panel, steps.clone(), [x[0]; 2], to);
+                    }
+                    Asking::Once => {
+                        kernel::<S, KIND, MR, 2, ASK_ONCE>(s, first, x, panel, steps.clone(), [x[0]; 2], to)
+                    }
+                    Asking::Twice => {
+                        kernel::<S, KIND, MR, 2, ASK_TWICE>(s, first, x, panel, steps.clone(), [x[0]; 2], to);
+                    }
                 }
                 first += 2;
             } else {
-                kernel::<S, KIND, MR, 1, ASK_SHORTLY>(s, first, x, panel, steps.clone(), [x[0]; 2], to);
+                kernel::<S, KIND, MR, 1, ASK_ONCE>(s, first, x, panel, steps.clone(), [x[0]; 2], to);
                 first += 1;
+            }
+        }
+    }
+}
+
+/// Asks for weights of the steps after that at `at`.
+#[inline(always)]
+pub(crate) fn ask<S: Simd, const NR: usize>(s: S, asking: Asking, blocks: &Blocks, at: *const u8) {
+    for j in 0..NR {
+        match asking {
+            Asking::Never => {}
+            Asking::Once => s.prefetch(blocks.further(at, j, ASK_STEPS)),
+            Asking::Twice => {
+                s.prefetch_far(blocks.further(at, j, ASK_STEPS));
+                s.prefetch(blocks.further(at, j, ASK_AGAIN_STEPS));
             }
         }
     }
@@ -539,10 +531,10 @@ unsafe fn kernel<S: Simd, const KIND: u8, const MR: usize, const NR: usize, cons
         }
         for step in steps.start..whole {
             let at = blocks.at(step);
-            if ASK == ASK_SHORTLY {
-                for j in 0..NR {
-                    s.prefetch(blocks.further(at, j, PREFETCH_STEPS));
-                }
+            match ASK {
+                ASK_ONCE => self::ask::<S, NR>(s, Asking::Once, &blocks, at),
+                ASK_TWICE => self::ask::<S, NR>(s, Asking::Twice, &blocks, at),
+                _ => {}
             }
             let line = (step - steps.start) * LANES * 4;
             if ASK == ASK_HALF || ASK == ASK_QUARTER {
@@ -586,87 +578,6 @@ unsafe fn kernel<S: Simd, const KIND: u8, const MR: usize, const NR: usize, cons
         for i in 0..MR {
             for j in 0..NR {
                 s.store(sums.add(i * TILE_COLS + (first + j) * LANES), acc[i][j]);
-            }
-        }
-    }
-}
-
-/// The micro-kernel of widened inputs: as `kernel`. Meanwhile it asks for its part of the next steps' weights, after a panel's
-/// last ones for the next panel's, also beyond this task: its thread's next task has those that follow. All passes together ask
-/// for all of them, evenly; into the second-level cache, for the first has no room for those of this chunk and the next.
-/// # Safety
-/// As `kernel`; rows of `x` are f32 and padded to an even number, and where `NR` is more than one its blocks lie side by side.
-#[inline(always)]
-unsafe fn kernel_widened<S: Simd, const KIND: u8, const MR: usize, const NR: usize>(
-    s: S,
-    first: usize,
-    x: &[*const u8; ROWS_MAX],
-    panel: &Panel<'_>,
-    pass: &Pass,
-    sums: *mut f32,
-) {
-    let inputs_a_step = if KIND == WIDENED_F32 { 1 } else { 2 };
-    let (steps, blocks) = (&pass.steps, panel.blocks_from(first));
-    let (at, count) = (blocks.at(steps.start), steps.len());
-    // What each pass asks for at a step, of the lines that a step of these blocks has.
-    let stride = (NR * LANES * 4).div_ceil(panel.passes);
-    let beside = first - first % panel.side_by_side;
-    let next = if steps.end == panel.k.div_ceil(inputs_a_step) {
-        panel.blocks_from(0).start.wrapping_add((beside + panel.blocks) * panel.block_bytes)
-    } else {
-        panel.blocks_from(beside).at(steps.end)
-    };
-    // Those before are asked for by the blocks before.
-    let next = next.wrapping_add(((first - beside) / NR * panel.passes + pass.number) * count * stride);
-    let mut acc = [[s.splat(0.0); NR]; MR];
-    // SAFETY: every weight read lies in the blocks, every input and sum in its row.
-    unsafe {
-        let sums = sums.add(first * LANES);
-        if steps.start > 0 {
-            for i in 0..MR {
-                for j in 0..NR {
-                    acc[i][j] = s.load(sums.add(i * TILE_COLS + j * LANES));
-                }
-            }
-        }
-        for step in 0..count {
-            for j in 0..NR {
-                s.prefetch_far(next.wrapping_add(step * stride + j * LANES * 4));
-            }
-            let w = blocks.further(at, 0, step);
-            let input = (steps.start + step) * inputs_a_step;
-            for half in 0..inputs_a_step {
-                let weight = |w: *const u8| {
-                    if KIND == WIDENED_F32 { s.load(w.cast()) } else { s.half(half, w.cast()) }
-                };
-                if const { S::KEEPS_WEIGHTS } {
-                    let mut weights = [weight(w); NR];
-                    for j in 1..NR {
-                        weights[j] = weight(blocks.further(w, j, 0));
-                    }
-                    for i in 0..MR {
-                        let value = s.splat(x[i].cast::<f32>().wrapping_add(input + half).read_unaligned());
-                        for j in 0..NR {
-                            acc[i][j] = s.fma(value, weights[j], acc[i][j]);
-                        }
-                    }
-                    continue;
-                }
-                for j in 0..NR {
-                    let w = blocks.further(w, j, 0);
-                    // One reading for each half, and inputs for each block: what is kept takes the sums' registers.
-                    let weights = weight(if KIND == WIDENED { s.again(w) } else { w });
-                    for i in 0..MR {
-                        let at = x[i].cast::<f32>().wrapping_add(input + half);
-                        let value = s.splat(if j > 0 { s.again(at) } else { at }.read_unaligned());
-                        acc[i][j] = s.fma(value, weights, acc[i][j]);
-                    }
-                }
-            }
-        }
-        for i in 0..MR {
-            for j in 0..NR {
-                s.store(sums.add(i * TILE_COLS + j * LANES), acc[i][j]);
             }
         }
     }

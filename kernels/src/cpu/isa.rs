@@ -74,11 +74,31 @@ impl Isa {
     }
 }
 
-/// Whether products that read their weights once, as one stream, do better asking for them ahead. On a Xeon without BF16 and on
-/// a Zen 5 they do; a Zen 4's own prefetchers do better unasked, and a Zen 3 is taken for one, unmeasured.
-pub(crate) fn asks_ahead() -> bool {
-    // Zen 3 and 4.
-    !matches!(processor(), Some(Processor { vendor: AMD, family: 0x19, .. }))
+/// How weights that are read once, as one stream, are asked for ahead.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Asking {
+    /// Not at all.
+    Never,
+    /// Into the first-level cache.
+    Once,
+    /// Into the second-level cache, and soon before they are read into the first.
+    Twice,
+}
+
+impl Asking {
+    /// Every way.
+    pub const ALL: [Asking; 3] = [Asking::Never, Asking::Once, Asking::Twice];
+
+    /// What this processor does best with. A Zen 4's own prefetchers do best unasked, and a Zen 3 is taken for one, unmeasured. A
+    /// Xeon has room for more lines on their way to its second-level cache than to its first.
+    pub(crate) fn detect() -> Asking {
+        match processor() {
+            // Zen 3 and 4.
+            Some(Processor { vendor: AMD, family: 0x19, .. }) => Asking::Never,
+            Some(Processor { vendor: INTEL, .. }) => Asking::Twice,
+            _ => Asking::Once,
+        }
+    }
 }
 
 /// Whether `vdpbf16ps` multiplies faster than two FMAs of widened inputs do. On a Xeon of 2023 it takes two cycles, in which two

@@ -3,7 +3,7 @@
 //! # Layout
 //! - `isa`: what the machine has
 //! - `simd`: sixteen lanes, over which every kernel is written once; `x86`, `neon`, `portable` are its registers
-//! - `gemm`, `attend`: the kernels; `amx`: products on tiles; `table`: them compiled for each instruction set
+//! - `gemm`, `widened`, `attend`: the kernels; `amx`: products on tiles; `table`: them compiled for each instruction set
 //! - `variants`: what breaks invariance, for benchmarks alone
 //! - `pack`: weights; `rope`: kept angles; `pool`, `bind`: threads; `tasks`: how products are cut
 
@@ -23,13 +23,14 @@ mod simd;
 mod table;
 mod tasks;
 mod variants;
+mod widened;
 #[cfg(target_arch = "x86_64")]
 mod x86;
 
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Mutex, PoisonError};
 
-pub use isa::Isa;
+pub use isa::{Asking, Isa};
 pub use pool::THREADS_MAX;
 
 use crate::kv::{KvCache, KvShape};
@@ -71,8 +72,8 @@ pub struct Cpu {
     bind_from: Option<usize>,
     ropes: RopeTables,
     scratch: Mutex<Vec<RowBuf>>,
-    /// Whether products ask for weights that they read once.
-    asks: bool,
+    /// How products ask for weights that they read once.
+    asking: Asking,
     breaks_invariance: bool,
 }
 
@@ -94,7 +95,7 @@ impl Cpu {
             bind_from,
             ropes: RopeTables::default(),
             scratch: Mutex::default(),
-            asks: isa::asks_ahead(),
+            asking: Asking::detect(),
             breaks_invariance: false,
         })
     }
@@ -124,14 +125,14 @@ impl Cpu {
     }
 
     /// Reads packed weights once, shared over the threads, and returns how many bytes those were: timed, it is the limit
-    /// of a product of one row. `ahead`: asks for what it will read, which some processors do better without.
-    pub fn probe_read(&self, weights: &Matrix, ahead: bool) -> usize {
+    /// of a product of one row.
+    pub fn probe_read(&self, weights: &Matrix, asking: Asking) -> usize {
         let bytes = weights.data.as_slice();
         let part = bytes.len().div_ceil(self.pool.tasks(u64::MAX)).max(1).next_multiple_of(4096);
         let parts: Vec<&[u8]> = bytes.chunks(part).collect();
         self.pool.run(parts.len(), bytes.len() as u64, |task| {
             // SAFETY: as in `probe_arithmetic`.
-            std::hint::black_box(unsafe { (self.kernels.read)(parts[task], ahead) });
+            std::hint::black_box(unsafe { (self.kernels.read)(parts[task], asking) });
         });
         bytes.len()
     }
@@ -209,7 +210,7 @@ impl Compute for Cpu {
         let rows = checks::linear(self.dtype, w, &x, out);
         let x = Source::Strided { bytes: x.bytes, stride: x.cols * self.dtype.bytes() };
         let out = Places::Strided { start: out.as_mut_ptr().cast(), stride: w.n * size_of::<f32>() };
-        self.run_products(&[tasks::product(w, w.n, x, out, rows, Epilogue::Store(Dtype::F32), self.asks)]);
+        self.run_products(&[tasks::product(w, w.n, x, out, rows, Epilogue::Store(Dtype::F32), self.asking)]);
     }
 
     fn ffn(&self, groups: &mut [FfnGroup<'_>]) {
@@ -238,7 +239,7 @@ impl Compute for Cpu {
                 out,
                 group.x.len(),
                 epilogue,
-                self.asks,
+                self.asking,
             ));
         }
         self.run_products(&up);
@@ -260,7 +261,7 @@ impl Compute for Cpu {
                 out,
                 places.len(),
                 epilogue,
-                self.asks,
+                self.asking,
             ));
         }
         self.run_products(&down);

@@ -2,7 +2,7 @@
 
 use super::attend::{Attend, STEP_PAGES, attend};
 use super::gemm::{Product, Scratch, product};
-use super::isa::Isa;
+use super::isa::{Asking, Isa};
 use super::portable::Portable;
 use super::simd::{ROWS_MAX, Simd};
 use super::variants;
@@ -26,7 +26,7 @@ pub(crate) struct Kernels {
     #[cfg(test)]
     pub store_bf16: unsafe fn(&[f32; LANES], &mut [u16; LANES]),
     pub spin: unsafe fn(Dtype, u64) -> u64,
-    pub read: unsafe fn(&[u8], bool) -> f32,
+    pub read: unsafe fn(&[u8], Asking) -> f32,
 }
 
 impl Kernels {
@@ -104,16 +104,22 @@ fn spin_sums<S: Simd, const SUMS: usize>(s: S, dtype: Dtype, rounds: u64) -> u64
     rounds * (2 * SUMS * products) as u64
 }
 
-/// Reads every whole line once, in order: the machine's bandwidth limit. `ahead`: asks for them 2 KiB ahead.
+/// Reads every whole line once, in order: the machine's bandwidth limit.
 #[inline(always)]
-fn read<S: Simd>(s: S, bytes: &[u8], ahead: bool) -> f32 {
+fn read<S: Simd>(s: S, bytes: &[u8], asking: Asking) -> f32 {
     const STREAMS: usize = 8;
+    // Bytes ahead.
+    const NEAR: usize = 2048;
+    const FAR: usize = 8192;
     let mut sums = [s.splat(0.0); STREAMS];
     for lines in bytes.chunks_exact(STREAMS * 64) {
         for (stream, sum) in sums.iter_mut().enumerate() {
             let at = lines[stream * 64..].as_ptr();
-            if ahead {
-                s.prefetch(at.wrapping_add(2048));
+            if asking != Asking::Never {
+                s.prefetch(at.wrapping_add(NEAR));
+            }
+            if asking == Asking::Twice {
+                s.prefetch_far(at.wrapping_add(FAR));
             }
             // SAFETY: the chunk holds a whole line for each stream.
             *sum = s.max(*sum, unsafe { s.load(at.cast()) });
@@ -213,9 +219,9 @@ macro_rules! entries {
 
             $(#[target_feature(enable = $features)])?
             #[allow(unused_unsafe)]
-            fn read(bytes: &[u8], ahead: bool) -> f32 {
+            fn read(bytes: &[u8], asking: Asking) -> f32 {
                 // SAFETY: as above.
-                super::read(unsafe { $assume }, bytes, ahead)
+                super::read(unsafe { $assume }, bytes, asking)
             }
 
             $(#[target_feature(enable = $features)])?

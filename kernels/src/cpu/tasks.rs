@@ -3,6 +3,7 @@
 use std::ops::Range;
 
 use super::gemm::{Epilogue, Places, Product, Source};
+use super::isa::Asking;
 use super::pool::Pool;
 use super::simd::TILE_BLOCKS;
 use crate::{Matrix, QueryRow};
@@ -12,7 +13,7 @@ const TASK_ROWS_MIN: usize = 48;
 /// What reading a weight costs next to one multiply-accumulate: as much as this many rows.
 const READ_COST: u64 = 4;
 
-/// A whole product; `asks`: for weights that it reads once, ahead.
+/// A whole product; `asking`: for weights that it reads once.
 pub(crate) fn product<'a>(
     w: &'a Matrix,
     cols: usize,
@@ -20,7 +21,7 @@ pub(crate) fn product<'a>(
     out: Places<'a>,
     rows: usize,
     epilogue: Epilogue,
-    asks: bool,
+    asking: Asking,
 ) -> Product<'a> {
     Product {
         weights: w.data.as_slice(),
@@ -28,7 +29,7 @@ pub(crate) fn product<'a>(
         k: w.k,
         block_bytes: w.block_bytes(),
         side_by_side: w.layout.side_by_side(),
-        asks,
+        asking,
         cols,
         x,
         out,
@@ -100,7 +101,7 @@ mod tests {
                 k: 4096,
                 block_bytes: 0,
                 side_by_side: 1,
-                asks: false,
+                asking: Asking::Never,
                 cols: blocks * 16,
                 x: Source::Gathered(&[]),
                 out: Places::Gathered(&[]),

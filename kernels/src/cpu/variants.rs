@@ -9,7 +9,7 @@
 #![allow(clippy::needless_range_loop)]
 
 use super::attend::{self, Attend};
-use super::gemm::{self, PREFETCH_STEPS, Panel, Product, Scratch, TILE_COLS};
+use super::gemm::{self, Panel, Product, Scratch, TILE_COLS};
 use super::simd::{Simd, TILE_BLOCKS};
 use crate::matrix::LANES;
 use crate::{Dtype, Term, bf16};
@@ -126,11 +126,7 @@ unsafe fn one_step<S: Simd, const BF16: bool, const MR: usize, const NR: usize>(
 ) {
     let blocks = panel.blocks_from(first);
     let at = blocks.at(step);
-    if p.asks {
-        for j in 0..NR {
-            s.prefetch(blocks.further(at, j, PREFETCH_STEPS));
-        }
-    }
+    gemm::ask::<S, NR>(s, p.asking, &blocks, at);
     // SAFETY: the caller's promise.
     unsafe {
         if BF16 {
