@@ -150,7 +150,8 @@ impl Cpu {
     }
 
     fn run_products(&self, products: &[Product<'_>]) {
-        let (tasks, cost) = tasks::cut(products, &self.pool);
+        let rows_first = self.dtype == Dtype::Bf16 && self.kernels.widens_bf16;
+        let (tasks, cost) = tasks::cut(products, &self.pool, rows_first);
         self.pool.run(tasks.len(), cost, |task| {
             // SAFETY: the machine has the instruction set; rows, places and weights have the sizes that the entry
             // checks saw, and the cut gives every task its own part of the places.

@@ -14,6 +14,8 @@ use crate::{Dtype, Term, pointwise};
 pub(crate) struct Kernels {
     /// Blocks of weights that are packed side by side for it.
     pub side_by_side: usize,
+    /// Whether products of many rows widen bf16 inputs before.
+    pub widens_bf16: bool,
     pub product: unsafe fn(&Product<'_>, &mut Scratch),
     pub attend: unsafe fn(&Attend<'_>, &mut Vec<f32>),
     pub rms_norm_row: unsafe fn(Dtype, &[f32], &[f32], f32, &mut [u8]),
@@ -148,9 +150,9 @@ fn exp<S: Simd>(s: S, x: &mut [f32; LANES]) {
 }
 
 /// Compiles every kernel with `features` on, around a `$simd` that may then be assumed. `$side_by_side`: blocks of weights that
-/// it multiplies at once where rows are few, which then lie side by side.
+/// it multiplies at once where rows are few, which then lie side by side. `$widens_bf16`: whether its `ROWS_WIDENED` is not 0.
 macro_rules! entries {
-    ($name:ident, $side_by_side:literal, $assume:expr $(, $features:literal)?) => {
+    ($name:ident, $side_by_side:literal, $widens_bf16:literal, $assume:expr $(, $features:literal)?) => {
         mod $name {
             use super::*;
 
@@ -250,6 +252,7 @@ macro_rules! entries {
 
             pub(super) const KERNELS: Kernels = Kernels {
                 side_by_side: $side_by_side,
+                widens_bf16: $widens_bf16,
                 product,
                 attend,
                 rms_norm_row,
@@ -268,15 +271,16 @@ macro_rules! entries {
     };
 }
 
-entries!(portable, 1, Portable);
+entries!(portable, 1, true, Portable);
 #[cfg(target_arch = "x86_64")]
-entries!(avx2, 2, crate::cpu::x86::Avx2::assume(), "avx2,fma");
+entries!(avx2, 2, true, crate::cpu::x86::Avx2::assume(), "avx2,fma");
 #[cfg(target_arch = "x86_64")]
-entries!(avx512, 4, crate::cpu::x86::Avx512::assume(), "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma");
+entries!(avx512, 4, true, crate::cpu::x86::Avx512::assume(), "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma");
 #[cfg(target_arch = "x86_64")]
 entries!(
     avx512_bf16,
     4,
+    false,
     crate::cpu::x86::Avx512Bf16::assume(),
     "avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,avx2,fma"
 );
@@ -312,7 +316,7 @@ mod amx_bf16 {
     pub(super) const BREAKING: Kernels = Kernels { side_by_side: 1, product, spin, ..avx512_bf16::BREAKING };
 }
 #[cfg(target_arch = "aarch64")]
-entries!(neon, 1, crate::cpu::neon::Neon::assume(), "neon");
+entries!(neon, 1, false, crate::cpu::neon::Neon::assume(), "neon");
 
 // A tile has no more rows than the largest micro-kernel anywhere.
 const _: () = assert!(Portable::ROWS_F32 <= ROWS_MAX && Portable::ROWS_BF16 <= ROWS_MAX);

@@ -10,6 +10,8 @@ use crate::{Matrix, QueryRow};
 
 /// Rows that a task has at least, where rows are cut: fewer would read the weights too often.
 const TASK_ROWS_MIN: usize = 48;
+/// Rows of a task whose rows are cut first: they are walked together, and read all weights but once.
+const TASK_ROWS: usize = 64;
 /// What reading a weight costs next to one multiply-accumulate: as much as this many rows.
 const READ_COST: u64 = 4;
 
@@ -39,8 +41,9 @@ pub(crate) fn product<'a>(
     }
 }
 
-/// Cuts products into tasks of about equal cost, and says what all of it costs.
-pub(crate) fn cut<'a>(products: &[Product<'a>], pool: &Pool) -> (Vec<Product<'a>>, u64) {
+/// Cuts products into tasks of about equal cost, and says what all of it costs. `rows_first`: each task widens its inputs, so
+/// that where rows are many it has few of them and many outputs.
+pub(crate) fn cut<'a>(products: &[Product<'a>], pool: &Pool, rows_first: bool) -> (Vec<Product<'a>>, u64) {
     let total: u64 = products.iter().map(cost).sum();
     let wanted = pool.tasks(total) as u64;
     let mut tasks = Vec::with_capacity(products.len() + wanted as usize);
@@ -51,8 +54,12 @@ pub(crate) fn cut<'a>(products: &[Product<'a>], pool: &Pool) -> (Vec<Product<'a>
         // This product's share of the tasks.
         let share = (wanted * cost(product)).div_ceil(total.max(1)) as usize;
         let tiles = product.blocks.len().div_ceil(TILE_BLOCKS);
-        let tiles_at_once = tiles.div_ceil(share);
-        let row_parts = if tiles >= share { 1 } else { share.div_ceil(tiles) };
+        let (tiles_at_once, row_parts) = if rows_first && product.rows.len() >= 2 * TASK_ROWS {
+            let row_parts = share.min(product.rows.len() / TASK_ROWS);
+            (tiles.div_ceil(share.div_ceil(row_parts)), row_parts)
+        } else {
+            (tiles.div_ceil(share), if tiles >= share { 1 } else { share.div_ceil(tiles) })
+        };
         let rows_at_once = product.rows.len().div_ceil(row_parts).max(TASK_ROWS_MIN);
         for blocks in steps(product.blocks.clone(), tiles_at_once * TILE_BLOCKS) {
             for rows in steps(product.rows.clone(), rows_at_once) {
@@ -94,7 +101,7 @@ mod tests {
     #[test]
     fn tasks_cover_every_element_exactly_once() {
         let pool = Pool::new(3, None).unwrap();
-        for (rows, blocks) in [(0, 3), (1, 1), (1, 64), (7, 5), (100, 2), (513, 9)] {
+        for (rows, blocks) in [(0, 3), (1, 1), (1, 64), (7, 5), (100, 2), (128, 64), (513, 9), (1000, 3)] {
             let product = Product {
                 weights: &[],
                 dtype: Dtype::F32,
@@ -109,17 +116,19 @@ mod tests {
                 rows: 0..rows,
                 blocks: 0..blocks,
             };
-            let (tasks, _) = cut(&[product.clone(), product], &pool);
-            let mut seen = vec![0; rows * blocks];
-            for task in &tasks {
-                assert_eq!(task.blocks.start % TILE_BLOCKS, 0);
-                for row in task.rows.clone() {
-                    for block in task.blocks.clone() {
-                        seen[row * blocks + block] += 1;
+            for rows_first in [false, true] {
+                let (tasks, _) = cut(&[product.clone(), product.clone()], &pool, rows_first);
+                let mut seen = vec![0; rows * blocks];
+                for task in &tasks {
+                    assert_eq!(task.blocks.start % TILE_BLOCKS, 0);
+                    for row in task.rows.clone() {
+                        for block in task.blocks.clone() {
+                            seen[row * blocks + block] += 1;
+                        }
                     }
                 }
+                assert!(seen.iter().all(|&times| times == 2), "{rows} rows, {blocks} blocks");
             }
-            assert!(seen.iter().all(|&times| times == 2), "{rows} rows, {blocks} blocks");
         }
     }
 
