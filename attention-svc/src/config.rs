@@ -6,6 +6,7 @@ use std::time::Duration;
 
 use mesh_core::Slot;
 use mesh_kernels::Dtype;
+use mesh_kernels::cpu::Isa;
 use mesh_service::advertise::Host;
 use mesh_transport::local::LocalHub;
 use mesh_transport::{FaultSpec, Limits, TransportChoice};
@@ -44,6 +45,8 @@ pub struct AttentionConfig {
     pub cache_dir: Option<PathBuf>,
     /// Compute threads; 0: one for each processor.
     pub threads: usize,
+    /// The instruction set, the same on every node; `None`: the best that the machine has.
+    pub isa: Option<Isa>,
     /// Binds engine and compute threads to processors from this one on, counted round; `None`: not bound.
     pub bind_from: Option<usize>,
     /// The slot to have; `None`: the lowest free one.
@@ -122,6 +125,7 @@ impl AttentionConfig {
             dtype: Dtype::Bf16,
             cache_dir: None,
             threads: 0,
+            isa: None,
             bind_from: None,
             slot: None,
             name: String::new(),

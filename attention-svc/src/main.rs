@@ -11,6 +11,7 @@ use attention_svc::{AttentionConfig, AttentionError, AttentionNode, KvBudget};
 use clap::Parser;
 use mesh_core::Slot;
 use mesh_kernels::Dtype;
+use mesh_kernels::cpu::Isa;
 use mesh_proto::limits::SLOTS_MAX;
 use mesh_service::advertise::Host;
 use mesh_service::telemetry::LogArgs;
@@ -48,6 +49,10 @@ struct Flags {
     #[arg(long, env = "MESH_THREADS", value_name = "N", default_value_t = 0,
           value_parser = clap::builder::RangedU64ValueParser::<usize>::new().range(..=1024))]
     threads: usize,
+    /// The instruction set to compute with: avx512-bf16, avx512, avx2, neon, ...; the best that the machine has when absent. All
+    /// nodes of a mesh need the same, for each sums in its own way: name one that the least of the machines has.
+    #[arg(long, env = "MESH_ISA", value_name = "NAME")]
+    isa: Option<Isa>,
     /// Bind the engine's and the compute threads to a processor each, from the Nth on of those allowed, counted round. For
     /// nodes that share processors: give each another N. Not bound when absent.
     #[arg(long, env = "MESH_BIND_FROM", value_name = "N")]
@@ -134,6 +139,7 @@ impl Flags {
             dtype: self.dtype,
             cache_dir: self.cache_dir,
             threads: self.threads,
+            isa: self.isa,
             bind_from: self.bind_from,
             slot: self.slot.map(Slot),
             name: self.name,

@@ -236,7 +236,7 @@ fn open(config: &AttentionConfig) -> Result<Opened, AttentionError> {
     let tokenizer = Tokenizer::open(&config.model_dir)?;
     let threads = if config.threads == 0 { processors() } else { config.threads };
     let compute: Arc<dyn Compute> =
-        Arc::new(Cpu::new(CpuOptions { dtype: config.dtype, threads, isa: None, bind_from: config.bind_from })?);
+        Arc::new(Cpu::new(CpuOptions { dtype: config.dtype, threads, isa: config.isa, bind_from: config.bind_from })?);
     tracing::info!(model = %config.model_dir.display(), compute = %compute.name(), "checkpoint opened");
     let (info, digest) = (model_info(&checkpoint, config), checkpoint.digest());
     let packer = match &config.cache_dir {

@@ -67,7 +67,8 @@ impl ExpertNode {
             return Err(ExpertError::NoExperts { dir: config.model_dir.display().to_string() });
         }
         let threads = if config.threads == 0 { processors() } else { config.threads };
-        let compute = Cpu::new(CpuOptions { dtype: config.dtype, threads, isa: None, bind_from: config.bind_from })?;
+        let compute =
+            Cpu::new(CpuOptions { dtype: config.dtype, threads, isa: config.isa, bind_from: config.bind_from })?;
         let compute: Arc<dyn Compute> = Arc::new(compute);
         tracing::info!(model = %config.model_dir.display(), compute = %compute.name(), "checkpoint opened");
         let packer = match &config.cache_dir {

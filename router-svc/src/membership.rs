@@ -264,7 +264,7 @@ impl Members {
         };
         let what = format!(
             "{who} serves {found_model}, the mesh {wanted_model} (since {first}): start every node with one model \
-             directory, dtype and compute kind"
+             directory, dtype and compute kind (--dtype, --isa)"
         );
         Err(MeshError::new(Code::ModelMismatch, what).at_field(field))
     }

@@ -122,6 +122,13 @@ async fn a_node_that_does_not_belong_is_refused_and_the_mesh_serves_on() {
     let other = fixture::shipped("qwen3moe-v5config");
     let other_model = refused_node("expert-svc", mesh.grpc(), &other, &[]).await;
     assert!(other_model.contains("model"), "the other model is named: {other_model}");
+    for service in ["expert-svc", "attention-svc"] {
+        let other_isa = refused_node(service, mesh.grpc(), &fixture::tiny_moe(), &["--isa", "portable"]).await;
+        assert!(other_isa.contains("compute cpu portable"), "the other set is named: {other_isa}");
+        assert!(other_isa.contains("--isa"), "the remedy is named: {other_isa}");
+    }
+    let no_isa = refused_node("expert-svc", mesh.grpc(), &fixture::tiny_moe(), &["--isa", "sse9"]).await;
+    assert!(no_isa.contains("sse9"), "the unknown set is named: {no_isa}");
     let error = register_as_version("0.0.0-other", &mesh).await;
     assert_eq!(error.code, Code::VersionMismatch, "{error}");
     bystander.assert_untouched().await;
