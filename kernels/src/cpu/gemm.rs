@@ -147,13 +147,15 @@ impl Scratch {
 /// part of `out`.
 #[inline(always)]
 pub(crate) unsafe fn product<S: Simd>(s: S, p: &Product<'_>, scratch: &mut Scratch) {
-    let (rows_as_they_are, rows_widened) =
-        if p.dtype == Dtype::Bf16 { (S::ROWS_BF16, S::ROWS_WIDENED) } else { (S::ROWS_F32, S::ROWS_APART) };
-    let widens = rows_widened > 0 && p.rows.len() > rows_as_they_are;
+    let rows = p.rows.len();
+    let widens = match p.dtype {
+        Dtype::Bf16 => S::widens(rows),
+        Dtype::F32 => S::ROWS_APART > 0 && rows > S::ROWS_F32,
+    };
     let element = if widens { size_of::<f32>() } else { p.dtype.bytes() };
     let block_rows = (INPUT_BLOCK_BYTES / (p.k * element).max(1)).max(INPUT_BLOCK_ROWS_MIN);
     let Scratch { sums, widened: kept } = scratch;
-    let most = block_rows.min(p.rows.len());
+    let most = block_rows.min(rows);
     if sums.len() < most {
         sums.resize(most, Sums([0.0; TILE_COLS]));
     }

@@ -25,10 +25,9 @@ pub(crate) trait Simd: Copy {
     /// The same for bf16.
     const ROWS_BF16: usize;
     /// The same for bf16 inputs that were widened to f32 before and lie apart, where `dot` is an `fma` with the earlier half and one
-    /// with the later; 0 where that gains nothing, or was never measured. With more rows than above, that is how they are
-    /// multiplied.
+    /// with the later; 0 where that gains nothing, or was never measured.
     const ROWS_WIDENED: usize = 0;
-    /// The same for inputs of f32, copied to where widened ones lie.
+    /// The same for inputs of f32, copied to where widened ones lie; with more rows than [`Simd::ROWS_F32`].
     const ROWS_APART: usize = 0;
     /// Whether there are registers for the weights of all blocks of a micro-kernel of widened inputs.
     const KEEPS_WEIGHTS: bool = false;
@@ -37,7 +36,12 @@ pub(crate) trait Simd: Copy {
 
     /// Column blocks that a micro-kernel of `rows` rows takes at once: 1, 2 or 4.
     fn blocks(rows: usize, bf16: bool) -> usize;
-    /// The same for widened inputs, whose rows pass over the weights so many times.
+    /// Whether so many rows of bf16 are widened before, rather than as they are multiplied.
+    #[inline(always)]
+    fn widens(rows: usize) -> bool {
+        Self::ROWS_WIDENED > 0 && rows > Self::ROWS_BF16
+    }
+    /// The same as `blocks` for widened inputs, whose rows pass over the weights so many times.
     fn blocks_widened(_rows: usize, _passes: usize) -> usize {
         1
     }

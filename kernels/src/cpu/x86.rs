@@ -158,6 +158,12 @@ impl Simd for Avx512 {
     const ROWS_WIDENED: usize = 14;
     const KEEPS_WEIGHTS: bool = true;
 
+    // Two passes of three or four rows are faster than one of widened inputs, but not one of two and one of three.
+    #[inline(always)]
+    fn widens(rows: usize) -> bool {
+        rows == 5 || rows > 8
+    }
+
     // Four blocks of six rows are 24 sums, two of fourteen 28.
     #[inline(always)]
     fn blocks_widened(rows: usize, _passes: usize) -> usize {
