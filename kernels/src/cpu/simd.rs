@@ -42,6 +42,7 @@ pub(crate) trait Simd: Copy {
         Self::ROWS_WIDENED > 0 && rows > Self::ROWS_BF16
     }
     /// The same as `blocks` for widened inputs, whose rows pass over the weights so many times.
+    #[inline(always)]
     fn blocks_widened(_rows: usize, _passes: usize) -> usize {
         1
     }

@@ -224,6 +224,7 @@ impl Simd for Avx2 {
         2
     }
 
+    // Two blocks of three rows are twelve of sixteen registers; rows that pass again find their weights in a cache.
     #[inline(always)]
     fn blocks_widened(rows: usize, passes: usize) -> usize {
         if rows <= 3 && passes == 1 { 2 } else { 1 }
