@@ -100,12 +100,10 @@ pub(crate) trait Simd: Copy {
         unsafe { self.load(lanes.as_ptr()) }
     }
 
-    /// The same address. Where registers are few the compiler does not know that it is, and what lies there is read again
-    /// rather than kept in registers that sums need.
+    /// What is read after it is not read before, and what was read before is read again. Where registers are few, what the compiler
+    /// reads early or keeps takes those of sums, which then go to memory and back at every step.
     #[inline(always)]
-    fn again<T>(self, at: *const T) -> *const T {
-        at
-    }
+    fn between(self) {}
 
     /// Asks for the line at `at` ahead of its use; the address may be anything.
     fn prefetch(self, at: *const u8);

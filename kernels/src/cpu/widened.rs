@@ -3,7 +3,7 @@
 
 #![allow(clippy::needless_range_loop)]
 
-use super::gemm::{ASK_AGAIN_STEPS, ASK_STEPS, Panel, Pass, Product, Source, TILE_COLS, WIDENED, WIDENED_F32};
+use super::gemm::{ASK_AGAIN_STEPS, ASK_STEPS, Panel, Pass, Product, Source, TILE_COLS, WIDENED_F32};
 use super::isa::Asking;
 use super::simd::{ROWS_MAX, Simd, TILE_BLOCKS};
 use crate::matrix::LANES;
@@ -84,6 +84,7 @@ pub(crate) unsafe fn kernel<S: Simd, const KIND: u8, const MR: usize, const NR: 
     // The first pass asks for its own a second time, soon before it reads them; the others find them.
     let again = panel.asking == Asking::Twice && pass.number == 0;
     let again = if again { blocks.further(at, 0, ASK_AGAIN_STEPS).addr() - at.addr() } else { 0 };
+    let x: [*const f32; MR] = std::array::from_fn(|i| x[i].cast());
     let mut acc = [[s.splat(0.0); NR]; MR];
     // SAFETY: every weight read lies in the blocks, every input and sum in its row.
     unsafe {
@@ -116,7 +117,7 @@ pub(crate) unsafe fn kernel<S: Simd, const KIND: u8, const MR: usize, const NR: 
                         weights[j] = weight(blocks.further(w, j, 0));
                     }
                     for i in 0..MR {
-                        let value = s.splat(x[i].cast::<f32>().wrapping_add(input + half).read_unaligned());
+                        let value = s.splat(x[i].wrapping_add(input + half).read_unaligned());
                         for j in 0..NR {
                             acc[i][j] = s.fma(value, weights[j], acc[i][j]);
                         }
@@ -124,12 +125,11 @@ pub(crate) unsafe fn kernel<S: Simd, const KIND: u8, const MR: usize, const NR: 
                     continue;
                 }
                 for j in 0..NR {
-                    let w = blocks.further(w, j, 0);
                     // One reading for each half, and inputs for each block: what is kept takes the sums' registers.
-                    let weights = weight(if KIND == WIDENED { s.again(w) } else { w });
+                    s.between();
+                    let weights = weight(blocks.further(w, j, 0));
                     for i in 0..MR {
-                        let at = x[i].cast::<f32>().wrapping_add(input + half);
-                        let value = s.splat(if j > 0 { s.again(at) } else { at }.read_unaligned());
+                        let value = s.splat(x[i].wrapping_add(input + half).read_unaligned());
                         acc[i][j] = s.fma(value, weights, acc[i][j]);
                     }
                 }

@@ -277,11 +277,9 @@ impl Simd for Avx2 {
     }
 
     #[inline(always)]
-    fn again<T>(self, at: *const T) -> *const T {
-        let mut address = at.expose_provenance();
+    fn between(self) {
         // SAFETY: no instruction at all.
-        unsafe { asm!("/* {0} */", inout(reg) address, options(nomem, nostack, preserves_flags)) };
-        std::ptr::with_exposed_provenance(address)
+        unsafe { asm!("", options(nostack, preserves_flags)) };
     }
 
     #[inline(always)]
