@@ -103,7 +103,7 @@ pub(crate) struct Product<'a> {
     pub dtype: Dtype,
     pub k: usize,
     pub block_bytes: usize,
-    /// Blocks that lie side by side: 1 where they lie one after another.
+    /// Blocks that lie side by side, a power of two: 1 where they lie one after another.
     pub side_by_side: usize,
     /// For weights that are read once.
     pub asking: Asking,
@@ -253,6 +253,8 @@ pub(crate) struct Panel<'a> {
     pub k: usize,
     /// Times that the weights are read.
     pub passes: usize,
+    /// What each pass asks for of the next weights at a step, for each block.
+    pub asks_bytes: usize,
     /// [`Product::asking`].
     pub asking: Asking,
 }
@@ -289,8 +291,16 @@ impl<'a> Panel<'a> {
         let start = block * p.block_bytes;
         // Tasks end between panels or with the last one, so all blocks that lie side by side are this part's.
         assert!(start + blocks * p.block_bytes <= p.weights.len(), "a panel outside of the weights");
+        debug_assert!(p.side_by_side.is_power_of_two());
         let Product { weights, k, block_bytes, side_by_side, asking, .. } = *p;
-        Panel { weights, start, blocks, block_bytes, side_by_side, k, passes, asking }
+        let asks_bytes = (LANES * 4).div_ceil(passes);
+        Panel { weights, start, blocks, block_bytes, side_by_side, k, passes, asks_bytes, asking }
+    }
+
+    /// The first of the blocks that lie side by side with block `of`. A micro-kernel's call is too short for a division.
+    #[inline(always)]
+    pub fn beside(&self, of: usize) -> usize {
+        of & !(self.side_by_side - 1)
     }
 
     /// Its blocks from `first` on.
@@ -301,9 +311,9 @@ impl<'a> Panel<'a> {
             let start = base.wrapping_add(first * self.block_bytes);
             return Blocks { start, block_stride: self.block_bytes, step_stride: LANES * 4 };
         }
-        let (beside, within) = (first - first % self.side_by_side, first % self.side_by_side);
+        let beside = self.beside(first);
         let width = self.side_by_side.min(self.blocks - beside);
-        let start = base.wrapping_add(beside * self.block_bytes + within * LANES * 4);
+        let start = base.wrapping_add(beside * self.block_bytes + (first - beside) * LANES * 4);
         Blocks { start, block_stride: LANES * 4, step_stride: width * LANES * 4 }
     }
 

@@ -71,8 +71,7 @@ pub(crate) unsafe fn kernel<S: Simd, const KIND: u8, const MR: usize, const NR: 
     let (next, stride) = if panel.passes == 1 && NR == TILE_BLOCKS {
         (blocks.at(ASK_STEPS), blocks.at(1).addr() - blocks.at(0).addr())
     } else {
-        let stride = (NR * LANES * 4).div_ceil(panel.passes);
-        let beside = first - first % panel.side_by_side;
+        let (stride, beside) = (NR * panel.asks_bytes, panel.beside(first));
         let next = if steps.end == panel.k.div_ceil(inputs_a_step) {
             panel.blocks_from(0).at(0).wrapping_add((beside + panel.blocks) * panel.block_bytes)
         } else {
