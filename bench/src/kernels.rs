@@ -28,7 +28,7 @@ const ROWS: [usize; 9] = [1, 2, 3, 4, 8, 12, 16, 64, 512];
 /// Contributions to a row.
 const TOP_K: usize = 8;
 /// How often each kernel and its variant are measured in turn.
-const ROUNDS: usize = 5;
+const ROUNDS: usize = 9;
 
 /// `mesh-bench kernels`.
 #[derive(Clone, Debug, Args)]
@@ -172,13 +172,19 @@ pub fn run(args: &KernelsArgs) -> Result<Report, BenchError> {
 
 fn invariance(options: CpuOptions) -> Result<Invariance, KernelError> {
     let (cpu, breaking) = (Cpu::new(options)?, Cpu::breaking_invariance(options)?);
-    let mut rounds = Vec::new();
-    for _ in 0..ROUNDS {
-        rounds.push((measured(&cpu)?, measured(&breaking)?));
+    let sides = Sides { cpus: &[&cpu, &breaking], rounds: ROUNDS };
+    let mut measured = Vec::new();
+    measured
+        .extend(ROWS.into_iter().zip(linear_seconds(sides, HIDDEN, HIDDEN)?).map(|(m, s)| (("linear", m, HIDDEN), s)));
+    measured.extend(ROWS.into_iter().zip(ffn_seconds(sides)?).map(|(m, s)| (("ffn", m, HIDDEN), s)));
+    for (rows, tokens) in [(1, 128), (1, 1024), (1, 8192), (64, 512), (512, 512)] {
+        measured.push((("attention", rows, tokens), attention_seconds(sides, 1, rows, tokens)?));
     }
-    let cases = (0..rounds[0].0.len()).map(|case| {
-        let all = |of: fn(f64, f64) -> f64| median(rounds.iter().map(|(a, b)| of(a[case].1, b[case].1)).collect());
-        let ((name, rows, over), _) = rounds[0].0[case];
+    for rows in [1, 32, 512] {
+        measured.push((("combine", rows, TOP_K), combine_seconds(sides, rows)?));
+    }
+    let cases = measured.into_iter().map(|((name, rows, over), seconds)| {
+        let all = |of: fn(f64, f64) -> f64| median(seconds.iter().map(|round| of(round[0], round[1])).collect());
         InvarianceCase {
             name,
             rows,
@@ -191,24 +197,33 @@ fn invariance(options: CpuOptions) -> Result<Invariance, KernelError> {
     Ok(Invariance { backend: cpu.name(), cases: cases.collect() })
 }
 
-/// Name, rows and length of each case, and its seconds.
-type Measured = Vec<((&'static str, usize, usize), f64)>;
+/// Backends that are measured in turns, over the same operands: where those lie in memory is a cost of neither.
+#[derive(Clone, Copy)]
+struct Sides<'a> {
+    cpus: &'a [&'a Cpu],
+    rounds: usize,
+}
 
-fn measured(cpu: &Cpu) -> Result<Measured, KernelError> {
-    let mut all = Vec::new();
-    for (m, seconds) in ROWS.into_iter().zip(linear_seconds(cpu, HIDDEN, HIDDEN)?) {
-        all.push((("linear", m, HIDDEN), seconds));
+/// For each round, the seconds of each backend's call.
+type Seconds = Vec<Vec<f64>>;
+
+impl Sides<'_> {
+    /// The first; operands that it packs are in the layout of all.
+    fn cpu(&self) -> &Cpu {
+        self.cpus[0]
     }
-    for (m, seconds) in ROWS.into_iter().zip(ffn_seconds(cpu)?) {
-        all.push((("ffn", m, HIDDEN), seconds));
+
+    fn seconds(&self, mut call: impl FnMut(&Cpu)) -> Seconds {
+        let mut all = vec![vec![0.0; self.cpus.len()]; self.rounds];
+        for (round, seconds) in all.iter_mut().enumerate() {
+            for turn in 0..self.cpus.len() {
+                // Who comes first changes from round to round.
+                let side = (turn + round) % self.cpus.len();
+                seconds[side] = best_seconds(|| call(self.cpus[side]));
+            }
+        }
+        all
     }
-    for (rows, tokens) in [(1, 128), (1, 1024), (1, 8192), (64, 512), (512, 512)] {
-        all.push((("attention", rows, tokens), attention_seconds(cpu, 1, rows, tokens)?));
-    }
-    for rows in [1, 32, 512] {
-        all.push((("combine", rows, TOP_K), combine_seconds(cpu, rows)?));
-    }
-    Ok(all)
 }
 
 fn median(mut values: Vec<f64>) -> f64 {
@@ -219,18 +234,19 @@ fn median(mut values: Vec<f64>) -> f64 {
 fn backend(options: CpuOptions) -> Result<Backend, KernelError> {
     let probe = Probe::new(options)?;
     let (cpu, dtype, before) = (probe.cpu(), options.dtype, probe.limits());
+    let alone = Sides { cpus: &[cpu], rounds: 1 };
     let mut products = Vec::new();
     for (n, k) in [(HIDDEN, HIDDEN), (2 * INTERMEDIATE, HIDDEN), (HIDDEN, INTERMEDIATE)] {
-        for (m, seconds) in ROWS.into_iter().zip(linear_seconds(cpu, n, k)?) {
-            products.push(("linear", [m, n, k], seconds));
+        for (m, seconds) in ROWS.into_iter().zip(linear_seconds(alone, n, k)?) {
+            products.push(("linear", [m, n, k], seconds[0][0]));
         }
     }
-    for (m, seconds) in ROWS.into_iter().zip(ffn_seconds(cpu)?) {
-        products.push(("ffn", [m, 3 * INTERMEDIATE, HIDDEN], seconds));
+    for (m, seconds) in ROWS.into_iter().zip(ffn_seconds(alone)?) {
+        products.push(("ffn", [m, 3 * INTERMEDIATE, HIDDEN], seconds[0][0]));
     }
     let mut attention = Vec::new();
     for (sequences, rows, tokens) in [(1, 1, 1024), (1, 64, 512), (1, 512, 512), (32, 1, 128), (8, 1, 1024)] {
-        attention.push(([sequences, rows, tokens], attention_seconds(cpu, sequences, rows, tokens)?));
+        attention.push(([sequences, rows, tokens], attention_seconds(alone, sequences, rows, tokens)?[0][0]));
     }
     // Before and after: what a neighbour takes of a shared machine for a while is no limit.
     let limits = before.or_better(probe.limits());
@@ -270,18 +286,18 @@ fn weights(n: usize, k: usize) -> Vec<u8> {
     (0..n * k).flat_map(|i| ((i * 7919 % 1013) as f32 / 1e4 - 0.05).to_le_bytes()).collect()
 }
 
-/// Seconds of a product of each number of rows, over weights that no cache holds.
-fn linear_seconds(cpu: &Cpu, n: usize, k: usize) -> Result<Vec<f64>, KernelError> {
-    let stored = weights(n, k);
-    let copies = walked_bytes() / (n * k * cpu.dtype().bytes());
-    let pack = || cpu.pack(&[MatrixView { dtype: Dtype::F32, n, k, bytes: &stored }]);
+/// A product of each number of rows, over weights that no cache holds.
+fn linear_seconds(sides: Sides<'_>, n: usize, k: usize) -> Result<Vec<Seconds>, KernelError> {
+    let (stored, dtype) = (weights(n, k), sides.cpu().dtype());
+    let copies = walked_bytes() / (n * k * dtype.bytes());
+    let pack = || sides.cpu().pack(&[MatrixView { dtype: Dtype::F32, n, k, bytes: &stored }]);
     let packed: Vec<Matrix> = (0..copies).map(|_| pack()).collect();
     let mut copy = 0;
     let mut seconds = Vec::new();
     for m in ROWS {
-        let x = written_rows(cpu.dtype(), m, k)?;
+        let x = written_rows(dtype, m, k)?;
         let mut out = vec![0f32; m * n];
-        seconds.push(best_seconds(|| {
+        seconds.push(sides.seconds(|cpu| {
             cpu.linear(&packed[copy], x.as_rows(), &mut out);
             copy = (copy + 1) % copies;
         }));
@@ -290,36 +306,36 @@ fn linear_seconds(cpu: &Cpu, n: usize, k: usize) -> Result<Vec<f64>, KernelError
 }
 
 /// The same of an expert's FFN.
-fn ffn_seconds(cpu: &Cpu) -> Result<Vec<f64>, KernelError> {
-    let mut ffns = Ffns::new(cpu);
-    ROWS.into_iter().map(|rows| Ok(best_seconds(ffns.calls(rows)?))).collect()
+fn ffn_seconds(sides: Sides<'_>) -> Result<Vec<Seconds>, KernelError> {
+    let mut ffns = Ffns::new(sides.cpu());
+    ROWS.into_iter().map(|rows| Ok(sides.seconds(ffns.calls(rows)?))).collect()
 }
 
 /// Experts' FFNs that no cache holds.
-pub struct Ffns<'a> {
-    cpu: &'a Cpu,
+pub struct Ffns {
+    dtype: Dtype,
     packed: Vec<Ffn>,
     next: usize,
 }
 
-impl<'a> Ffns<'a> {
-    /// As many as [`walked_bytes`] are.
-    pub fn new(cpu: &'a Cpu) -> Self {
+impl Ffns {
+    /// As many as [`walked_bytes`] are, packed for `cpu` and those like it.
+    pub fn new(cpu: &Cpu) -> Self {
         let (n, k) = (INTERMEDIATE, HIDDEN);
         let stored = weights(n, k);
         let view = MatrixView { dtype: Dtype::F32, n, k, bytes: &stored };
         let count = walked_bytes() / (3 * n * k * cpu.dtype().bytes());
         let packed = (0..count).map(|_| cpu.pack_ffn(view, view, MatrixView { n: k, k: n, ..view })).collect();
-        Self { cpu, packed, next: 0 }
+        Self { dtype: cpu.dtype(), packed, next: 0 }
     }
 
     /// What sends `rows` rows through the next of them at each call.
-    pub fn calls(&mut self, rows: usize) -> Result<impl FnMut(), KernelError> {
-        let Self { cpu, packed, next } = self;
-        let (x, mut out) = (written_rows(cpu.dtype(), rows, HIDDEN)?, written_rows(cpu.dtype(), rows, HIDDEN)?);
-        Ok(move || {
+    pub fn calls(&mut self, rows: usize) -> Result<impl FnMut(&Cpu), KernelError> {
+        let Self { dtype, packed, next } = self;
+        let (x, mut out) = (written_rows(*dtype, rows, HIDDEN)?, written_rows(*dtype, rows, HIDDEN)?);
+        Ok(move |cpu: &Cpu| {
             let x = (0..rows).map(|row| x.as_rows().row(row)).collect();
-            let out = out.as_rows_mut().bytes.chunks_mut(HIDDEN * cpu.dtype().bytes()).collect();
+            let out = out.as_rows_mut().bytes.chunks_mut(HIDDEN * dtype.bytes()).collect();
             cpu.ffn(&mut [FfnGroup { weights: &packed[*next], x, out }]);
             *next = (*next + 1) % packed.len();
         })
@@ -327,7 +343,8 @@ impl<'a> Ffns<'a> {
 }
 
 /// The last `rows` rows of each of `sequences` of `tokens`.
-fn attention_seconds(cpu: &Cpu, sequences: usize, rows: usize, tokens: usize) -> Result<f64, KernelError> {
+fn attention_seconds(sides: Sides<'_>, sequences: usize, rows: usize, tokens: usize) -> Result<Seconds, KernelError> {
+    let cpu = sides.cpu();
     let width = HEADS * HEAD_DIM;
     let per_sequence = tokens.div_ceil(KV_PAGE_TOKENS);
     let pages: Vec<u32> = (0..(sequences * per_sequence) as u32).collect();
@@ -349,19 +366,19 @@ fn attention_seconds(cpu: &Cpu, sequences: usize, rows: usize, tokens: usize) ->
     let mut out = RowBuf::new(cpu.dtype(), queries.len(), width)?;
     let shape = AttentionShape { heads: HEADS, scale: 0.125, window: None };
     let mut layer = 0;
-    Ok(best_seconds(|| {
+    Ok(sides.seconds(|cpu| {
         cpu.attention(&cache, layer, &q, width, &queries, shape, out.as_rows_mut());
         layer = (layer + 1) % layers;
     }))
 }
 
-/// Seconds of a combine of [`TOP_K`] contributions to each of `rows` rows.
-fn combine_seconds(cpu: &Cpu, rows: usize) -> Result<f64, KernelError> {
-    let outputs = written_rows(cpu.dtype(), rows * TOP_K, HIDDEN)?;
+/// A combine of [`TOP_K`] contributions to each of `rows` rows.
+fn combine_seconds(sides: Sides<'_>, rows: usize) -> Result<Seconds, KernelError> {
+    let outputs = written_rows(sides.cpu().dtype(), rows * TOP_K, HIDDEN)?;
     let outputs = outputs.as_rows();
     let terms: Vec<Term<'_>> = (0..rows * TOP_K).map(|row| Term { weight: 0.125, row: outputs.row(row) }).collect();
     let mut residual = vec![0f32; rows * HIDDEN];
-    Ok(best_seconds(|| cpu.combine(&mut residual, HIDDEN, TOP_K, &terms)))
+    Ok(sides.seconds(|cpu| cpu.combine(&mut residual, HIDDEN, TOP_K, &terms)))
 }
 
 fn attention_case([sequences, rows, tokens]: [usize; 3], seconds: f64, limits: Limits, dtype: Dtype) -> AttentionCase {

@@ -134,10 +134,10 @@ pub fn obey(args: &ChildArgs) -> Result<(), BenchError> {
     say(&cpu.name())?;
     orders(|rows, time| {
         let mut call = ffns.calls(rows)?;
-        call();
+        call(&cpu);
         let (start, mut calls) = (Instant::now(), 0u32);
         while start.elapsed() < time {
-            call();
+            call(&cpu);
             calls += 1;
         }
         say(&format!("{:.3}", start.elapsed().as_secs_f64() * 1e6 / f64::from(calls)))
