@@ -103,7 +103,7 @@ pub(crate) trait Simd: Copy {
     /// What is read after it is not read before, and what was read before is read again. Where registers are few, what the compiler
     /// reads early or keeps takes those of sums, which then go to memory and back at every step.
     #[inline(always)]
-    fn between(self) {}
+    fn compiler_barrier(self) {}
 
     /// Asks for the line at `at` ahead of its use; the address may be anything.
     fn prefetch(self, at: *const u8);

@@ -125,7 +125,7 @@ pub(crate) unsafe fn kernel<S: Simd, const KIND: u8, const MR: usize, const NR: 
                 }
                 for j in 0..NR {
                     // One reading for each half, and inputs for each block: what is kept takes the sums' registers.
-                    s.between();
+                    s.compiler_barrier();
                     let weights = weight(blocks.further(w, j, 0));
                     for i in 0..MR {
                         let value = s.splat(x[i].wrapping_add(input + half).read_unaligned());

@@ -277,7 +277,7 @@ impl Simd for Avx2 {
     }
 
     #[inline(always)]
-    fn between(self) {
+    fn compiler_barrier(self) {
         // SAFETY: no instruction at all.
         unsafe { asm!("", options(nostack, preserves_flags)) };
     }
