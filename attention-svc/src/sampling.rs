@@ -180,13 +180,27 @@ fn first_not_finite(logits: &[f32]) -> Option<usize> {
 fn argmax(logits: &[f32]) -> Option<usize> {
     let (mut most, mut best) = (f32::NEG_INFINITY, 0);
     for (index, run) in logits.chunks(RUN).enumerate() {
-        let here = run.iter().fold(f32::NEG_INFINITY, |most, &l| if l > most { l } else { most });
+        let here = largest(run);
         if here > most {
             (most, best) = (here, index);
         }
     }
     let within = logits[best * RUN..].iter().position(|&l| l == most).unwrap_or(0);
     (!logits.is_empty()).then_some(best * RUN + within)
+}
+
+/// The largest of a run. Lanes have a maximum each: one for all would be a chain of comparisons that wait for each other.
+fn largest(run: &[f32]) -> f32 {
+    const LANES: usize = 16;
+    let larger = |a: f32, b: f32| if b > a { b } else { a };
+    let (whole, rest) = run.as_chunks::<LANES>();
+    let mut most = [f32::NEG_INFINITY; LANES];
+    for chunk in whole {
+        for (most, &logit) in most.iter_mut().zip(chunk) {
+            *most = larger(*most, logit);
+        }
+    }
+    most.iter().chain(rest).copied().fold(f32::NEG_INFINITY, larger)
 }
 
 fn keep_top_k(kept: &mut Vec<Candidate>, k: usize) {
