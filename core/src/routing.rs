@@ -55,6 +55,14 @@ fn named(slots: &[Slot]) -> String {
     slots.iter().map(Slot::to_string).collect::<Vec<_>>().join(", ")
 }
 
+/// A number that is the smaller the larger the logit, in the order of `f32::total_cmp`, and of equal ones the smaller the lower the
+/// expert, which its last sixteen bits are.
+fn rank(logit: f32, expert: u16) -> u64 {
+    let bits = logit.to_bits();
+    let falling = if bits >> 31 == 0 { bits ^ 0x7fff_ffff } else { bits };
+    u64::from(falling) << 16 | u64::from(expert)
+}
+
 impl Routing {
     /// Softmax over all experts in f32, then the `top_k` largest, then (by rule) scaled to sum to one: the gate of
     /// Mixtral, Qwen3-MoE and OLMoE as Hugging Face transformers computes it. Replaces what was held before.
@@ -68,25 +76,27 @@ impl Routing {
         self.k = rule.top_k;
         self.experts.clear();
         self.weights.clear();
-        let mut order: Vec<u16> = Vec::with_capacity(experts);
+        let (mut order, mut exps) = (Vec::with_capacity(experts), Vec::with_capacity(experts));
         for (row, logits) in logits.chunks_exact(experts).enumerate() {
             if let Some(e) = logits.iter().position(|l| !l.is_finite()) {
                 return Err(RoutingError::NotFinite { row, expert: ExpertId(e as u16) });
             }
             let max = logits.iter().copied().fold(f32::NEG_INFINITY, f32::max);
-            let sum: f32 = logits.iter().map(|l| (l - max).exp()).sum();
+            exps.clear();
+            exps.extend(logits.iter().map(|l| (l - max).exp()));
+            let sum: f32 = exps.iter().sum();
             order.clear();
-            order.extend(0..experts as u16);
-            let falling = |a: &u16, b: &u16| logits[*b as usize].total_cmp(&logits[*a as usize]).then(a.cmp(b));
+            order.extend(logits.iter().enumerate().map(|(expert, logit)| rank(*logit, expert as u16)));
             if rule.top_k < experts {
-                order.select_nth_unstable_by(rule.top_k, falling);
+                order.select_nth_unstable(rule.top_k);
                 order.truncate(rule.top_k);
             }
-            order.sort_unstable_by(falling);
+            order.sort_unstable();
             let first = self.weights.len();
-            for e in &order {
-                self.experts.push(ExpertId(*e));
-                self.weights.push((logits[*e as usize] - max).exp() / sum);
+            for rank in &order {
+                let expert = *rank as u16;
+                self.experts.push(ExpertId(expert));
+                self.weights.push(exps[usize::from(expert)] / sum);
             }
             if rule.normalise {
                 let chosen = &mut self.weights[first..];
@@ -331,6 +341,18 @@ mod tests {
         assert!((r.weights(0).iter().sum::<f32>() - 1.0).abs() < 1e-6);
         r.softmax_top_k(&logits, 4, GateRule { top_k: 3, normalise: false }).unwrap();
         assert!(r.weights(0).iter().sum::<f32>() < 0.99);
+    }
+
+    #[test]
+    fn experts_are_ranked_as_their_logits_compare_and_of_equals_the_lower_first() {
+        let logits = [0.0, -0.0, 1.5, -1.5, f32::MIN, f32::MAX, 1e-40, -1e-40, 1.5, f32::MIN_POSITIVE];
+        let mut expected: Vec<u16> = (0..logits.len() as u16).collect();
+        expected.sort_by(|a, b| logits[usize::from(*b)].total_cmp(&logits[usize::from(*a)]));
+        for top_k in [1, 4, logits.len()] {
+            let mut r = Routing::default();
+            r.softmax_top_k(&logits, logits.len(), GateRule { top_k, normalise: true }).unwrap();
+            assert_eq!(r.experts(0).iter().map(|e| e.0).collect::<Vec<_>>(), expected[..top_k]);
+        }
     }
 
     #[test]
