@@ -167,40 +167,33 @@ impl Sampler {
     }
 }
 
-/// Logits that are looked at together, without a branch for each.
-const RUN: usize = 64;
-
 fn first_not_finite(logits: &[f32]) -> Option<usize> {
-    let run = logits.chunks(RUN).position(|run| !run.iter().fold(true, |finite, l| finite & l.is_finite()))?;
-    let within = logits[run * RUN..].iter().position(|l| !l.is_finite())?;
-    Some(run * RUN + within)
+    first(logits, |l| !l.is_finite())
 }
 
 /// The largest; of equal ones the first.
 fn argmax(logits: &[f32]) -> Option<usize> {
-    let (mut most, mut best) = (f32::NEG_INFINITY, 0);
-    for (index, run) in logits.chunks(RUN).enumerate() {
-        let here = largest(run);
-        if here > most {
-            (most, best) = (here, index);
-        }
-    }
-    let within = logits[best * RUN..].iter().position(|&l| l == most).unwrap_or(0);
-    (!logits.is_empty()).then_some(best * RUN + within)
-}
-
-/// The largest of a run. Lanes have a maximum each: one for all would be a chain of comparisons that wait for each other.
-fn largest(run: &[f32]) -> f32 {
     const LANES: usize = 16;
     let larger = |a: f32, b: f32| if b > a { b } else { a };
-    let (whole, rest) = run.as_chunks::<LANES>();
-    let mut most = [f32::NEG_INFINITY; LANES];
+    // A maximum for each lane: one for all would be a chain of comparisons that wait for each other.
+    let (whole, rest) = logits.as_chunks::<LANES>();
+    let mut lanes = [f32::NEG_INFINITY; LANES];
     for chunk in whole {
-        for (most, &logit) in most.iter_mut().zip(chunk) {
-            *most = larger(*most, logit);
+        for (lane, &logit) in lanes.iter_mut().zip(chunk) {
+            *lane = larger(*lane, logit);
         }
     }
-    most.iter().chain(rest).copied().fold(f32::NEG_INFINITY, larger)
+    let most = lanes.iter().chain(rest).copied().fold(f32::NEG_INFINITY, larger);
+    (!logits.is_empty()).then(|| first(logits, |l| l == most).unwrap_or(0))
+}
+
+/// The first that is `wanted`.
+fn first(logits: &[f32], wanted: impl Fn(f32) -> bool) -> Option<usize> {
+    /// Logits that are looked at together, without a branch for each.
+    const RUN: usize = 64;
+    let run = logits.chunks(RUN).position(|run| run.iter().fold(false, |any, &l| any | wanted(l)))?;
+    let within = logits[run * RUN..].iter().position(|&l| wanted(l))?;
+    Some(run * RUN + within)
 }
 
 fn keep_top_k(kept: &mut Vec<Candidate>, k: usize) {
